@@ -78,8 +78,7 @@ def build_model(
         world: the ranks.
         seed: of the initial weights.
         half: whether tables are in float16.
-        target_weights: of several targets in the loss;
-            default: equal.
+        target_weights: of several targets in the loss; default: equal.
 
     Raises:
         ConfigError: ``model.over_arch`` cannot be imported or built, or the weights exceed this

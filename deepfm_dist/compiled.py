@@ -11,8 +11,7 @@ def compiled(function: Callable[..., Any], signature: Any = None) -> Any:
 
     Args:
         function: function: in numba's subset of Python.
-        signature: types to compile for eagerly;
-            default: at the first call.
+        signature: types to compile for eagerly; default: at the first call.
     """
     types = () if signature is None else (signature,)
     try:

@@ -37,8 +37,9 @@ class RowEncoder:
     Args:
         dataset: provides vocabularies and statistics.
 
-            Attributes: unknown: by field, the unknown values encoded so far. targets: of the model,
-            if there are several; see `Manifest.targets`.
+    Attributes:
+        unknown: by field, the unknown values encoded so far.
+        targets: of the model, if there are several; see `Manifest.targets`.
     """
 
     def __init__(self, dataset: PreparedDataset) -> None:
@@ -207,7 +208,8 @@ class UserAttributes:
     Args:
         dataset: provides vocabularies and statistics.
 
-            Attributes: names: of the fields, in the model's order.
+    Attributes:
+        names: of the fields, in the model's order.
     """
 
     def __init__(self, dataset: PreparedDataset) -> None:

@@ -316,7 +316,8 @@ class Manifest(Section):
     def find(cls, folder: Path) -> "Manifest | None":
         """Reads ``manifest.json`` if it exists.
 
-        Raises: DataError: it has another layout version.
+        Raises:
+            DataError: it has another layout version.
         """
         with storage_errors_to_user(folder):
             exists = (folder / MANIFEST).is_file()
@@ -353,7 +354,8 @@ class Manifest(Section):
     def parse(cls, text: bytes, folder: Path) -> "Manifest":
         """Parses the contents of a folder's ``manifest.json``.
 
-        Raises: DataError: it has another layout version.
+        Raises:
+            DataError: it has another layout version.
         """
         try:
             content = json.loads(text)
@@ -422,7 +424,8 @@ def check_formats(data: DataConfig, *others: str) -> None:
         data: the configuration.
         others: names of further inputs.
 
-            Raises: ConfigError: there is such an entry.
+    Raises:
+        ConfigError: there is such an entry.
     """
     names = [*dict.fromkeys(name for files in _files_of(data) for name in names_of(files))]
     for name in data.files:

@@ -107,7 +107,8 @@ def publish(source: Path, folder: Path) -> None:
         source: folder of the dataset, or of the files still missing in ``folder``.
         folder: the destination.
 
-            Raises: DataError: the folder holds a different dataset.
+    Raises:
+        DataError: the folder holds a different dataset.
         DeepFMError: the folder cannot be written.
     """
     begun, manifest = time.perf_counter(), Manifest.read(source)

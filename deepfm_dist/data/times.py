@@ -92,7 +92,8 @@ _GUESSES = (
 def check_format(text: str) -> str:
     """Validates and returns a time format: strptime codes, `ISO`, or one of `EPOCH_UNITS`.
 
-    Raises: ValueError: it is not a time format.
+    Raises:
+        ValueError: it is not a time format.
     """
     if text in (ISO, *EPOCH_UNITS):
         return text

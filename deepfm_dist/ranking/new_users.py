@@ -53,10 +53,8 @@ class NewUsers:
 def read_new_users(dataset: PreparedDataset, path: Path) -> NewUsers:
     """Reads users from a file of ``user`` and ``item``, of the log's columns, or of attributes.
 
-    If it has the log's rating or label, rows are treated as in the log: a row is a positive if
-    rated at least ``min_rating`` or labelled 1, and repeated rows are resolved by the same rule. If
-    it has columns of user fields, each user gets the first value in each; users with values need no
-    items.
+    Ratings, labels and repeated rows are treated as in the log. If the file has columns of user
+    fields, each user gets the first value in each; users with values need no items.
 
     Args:
         dataset: the prepared dataset.

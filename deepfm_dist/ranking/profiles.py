@@ -149,8 +149,7 @@ class Insight:
         n_users: number of users ranked for.
         activity: bounds of their groups by training positives.
         n_held_out: number of held-out items.
-        popularity: bounds of their groups by training
-            positives.
+        popularity: bounds of their groups by training positives.
         examples: some users with the model's ranking.
     """
 

@@ -97,8 +97,7 @@ class _Parts:
         owner: ``[v]`` int64: index of the user or item.
         field: ``[v]`` int64: index of its field.
         row: ``[v]`` int64: its row of the field's table, or `NO_ROW`.
-        vectors: ``[v, W]``
-            float64: its contribution to its field's row.
+        vectors: ``[v, W]`` float64: its contribution to its field's row.
     """
 
     owner: Tensor
@@ -332,8 +331,7 @@ class ExplainingRanker:
         explainer: of the model.
         rows: ``[I]`` item rows by position.
         most: maximum number of reasons per item.
-        wanted: ``[users]`` number of items to explain;
-            None: all ranked items.
+        wanted: ``[users]`` number of items to explain; None: all ranked items.
 
     Attributes:
         latest: explanations for the users ranked last, item by item.

@@ -181,8 +181,7 @@ class _SelectedUsers:
         masked: lists of items not to recommend, each with the users' rows in it.
         rate: rate at which training draws their pairs as negatives, by index in ``users``; None: it
             draws none.
-        requests: the requests;
-            None: all users get the same.
+        requests: the requests; None: all users get the same.
     """
 
     users: Users

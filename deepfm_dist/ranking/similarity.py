@@ -88,8 +88,7 @@ def similar_items(
         folder: where the files go.
         checkpoint: of the weights; an interrupted command is resumed if they have not changed.
         name: of the files, without suffix.
-        in_parts: whether to keep each rank's parts, in a
-            folder of that name.
+        in_parts: whether to keep each rank's parts, in a folder of that name.
         cold_items: how to treat items without training rows.
 
     Returns:

@@ -61,8 +61,7 @@ class SelectedRows:
     Attributes:
         columns: columns as read from the files.
         index: ``[m]`` selected rows of these.
-        row: ``[m]``
-            int64: number among all training rows.
+        row: ``[m]`` int64: number among all training rows.
         slot: ``[m]`` int64: 0 for the row itself, k for its k-th negative.
     """
 

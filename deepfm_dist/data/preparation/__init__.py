@@ -1,1 +1,1 @@
-"""Input files -> a prepared dataset; `local` drives the steps on the threads of one process."""
+"""Input files -> prepared dataset; `local` runs the steps on the threads of one process."""

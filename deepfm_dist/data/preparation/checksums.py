@@ -1,4 +1,4 @@
-"""Checksums of tables, which add up: those of a table's pieces give that of the table."""
+"""Combinable checksums: those of a table's pieces give the table's."""
 
 import zlib
 from collections.abc import Mapping
@@ -14,16 +14,16 @@ from deepfm_dist.data.jagged import Jagged, from_arrow
 
 _POLYNOMIAL = 0xEDB88320
 _ONE = 1 << 31
-"""x**0, where bit 31 - k stands for x**k."""
+"""The polynomial x**0; bit 31 - k is the coefficient of x**k."""
 
 
 @dataclass(frozen=True)
 class TableSum:
-    """CRC-32 of a table's numbers, its texts left out.
+    """CRC-32 of a table's numbers, without texts.
 
     Attributes:
-        pieces: for the names of the columns and for their numbers, one after the other: the CRC-32
-            of some bytes, how many they are, and whether those of further rows come behind them.
+        pieces: for the column names and each column's numbers: CRC-32, number of bytes, and whether
+            further rows append to them.
     """
 
     pieces: tuple[tuple[int, int, bool], ...]
@@ -44,7 +44,7 @@ class TableSum:
         return cls(tuple(pieces))
 
     def __add__(self, below: Self) -> Self:
-        """The sum of these rows with others below them."""
+        """The sum of these rows followed by others."""
         pieces = []
         for ours, theirs in zip(self.pieces, below.pieces, strict=True):
             crc, n_bytes, grows = ours
@@ -63,7 +63,7 @@ class TableSum:
 
 
 def sums_of_tables(sums: Mapping[str, TableSum]) -> dict[str, int]:
-    """`TableSum.crc` of tables, however their rows are divided into partitions.
+    """`TableSum.crc` of tables, independent of their division into partitions.
 
     Args:
         sums: by the names of their partitions' files, such as ``train/part-00003.parquet``.
@@ -83,7 +83,7 @@ def sums_of_tables(sums: Mapping[str, TableSum]) -> dict[str, int]:
 
 
 def _joined(first: int, second: int, n_bytes: int) -> int:
-    """CRC-32 of some bytes and ``n_bytes`` behind them, from those of both.
+    """CRC-32 of concatenated bytes from both parts' CRCs and the second one's length.
 
     Source: zlib's crc32_combine.
     """
@@ -91,7 +91,7 @@ def _joined(first: int, second: int, n_bytes: int) -> int:
 
 
 def _product(a: int, b: int) -> int:
-    """Of two polynomials over GF(2), modulo CRC-32's."""
+    """Product of two polynomials over GF(2), modulo CRC-32's."""
     product = 0
     while a:
         if a & _ONE:

@@ -1,20 +1,19 @@
-"""Preparation on a cluster: the steps of `local`, by a task for each file and for each partition.
+"""Preparation on a cluster: the steps of `local` as tasks per file and per partition.
 
-The tasks call what threads call, so that the dataset is the same, byte for byte. Rows go from task
-to task, by way of the engine that runs them, and never to the driver. The driver holds what the
-first thread does in `local`: every distinct id and value, and counts by id; on its disk, histories.
+Tasks call the same functions as threads, so the dataset is byte-identical. Rows move between tasks
+through the engine, never through the driver. The driver holds what the first thread holds in
+`local`: all distinct ids and values, and counts by id; histories on its disk.
 
 1. `_read`: a file, or some row groups of a large Parquet file -> its rows by partition, with the
-   texts of their ids and values.
-2. `_merge`: the distinct texts of a stretch of hashes; the driver numbers those of all.
-3. `_load`: a partition's rows -> numbers of texts, without repeated rows, in order; `_select` keeps
-   those who take part, where rare users and items are dropped or users held out.
-4. `_count_digits`: histograms of the keys, from which the driver finds where held-out rows begin.
-5. `_count`: where rows belong, and what training rows add to the statistics; the driver fits.
-6. `_write`: the partition's files, and what its users have met.
+   texts of their ids and values. 2. `_merge`: the distinct texts in a range of hashes; the driver
+   numbers all of them. 3. `_load`: a partition's rows -> codes of texts, without repeated rows, in
+   order; `_select` keeps the rows that remain if rare users and items are dropped or users held
+   out. 4. `_count_digits`: histograms of the keys, from which the driver finds where held-out rows
+   begin. 5. `_count`: splits of rows, and statistics of training rows; the driver fits. 6.
+   `_write`: the partition's files, and its users' histories.
 
-A task depends on its input alone, so that it may run again: it gives and writes the same. Nothing
-here knows an engine; `launch/spark_prepare.py` brings Spark.
+Tasks are pure functions of their input, so they can be rerun. This module knows no engine;
+`launch/spark_prepare.py` provides Spark.
 """
 
 import logging
@@ -78,27 +77,27 @@ from deepfm_dist.storage import (
 
 log = logging.getLogger(__name__)
 _BATCHES_AT_ONCE = 4
-"""Blocks of a file whose rows a task holds before it hands them on."""
+"""Number of a file's blocks that a task holds before it passes on their rows."""
 _PIECE_BYTES = 4 << 20
 _READ_BYTES = 64 << 20
-"""Of a Parquet file, uncompressed, that a task reads at least."""
+"""Minimum uncompressed bytes of a Parquet file per task."""
 _SHARED = "_shared"
-"""A folder next to the dataset's files, for the driver's input to single tasks."""
+"""A folder next to the dataset's files for the driver's input to tasks."""
 _COUNTS_AT_ONCE = 64
 _ADDING_TASKS = 16
 
 
 @dataclass(frozen=True)
 class Record:
-    """A piece of what tasks give each other and the driver.
+    """A piece of data passed between tasks and the driver.
 
     Attributes:
-        kind: what it is.
-        key: the partition, file or stretch of hashes that it belongs to.
-        source: tells things of one kind and key apart.
-        piece: its place among the pieces of one thing.
+        kind: of the data.
+        key: the partition, file or range of hashes that it belongs to.
+        source: distinguishes objects of the same kind and key.
+        piece: index among the pieces of an object.
         more: whether another piece follows.
-        payload: the thing, pickled.
+        payload: the pickled object.
     """
 
     kind: str
@@ -120,13 +119,13 @@ ARROW_SCHEMA = pa.schema(
         ("payload", pa.binary()),
     ]
 )
-"""Of records, where an engine moves them as Arrow batches."""
+"""Schema of records, for engines that move Arrow batches."""
 BATCH_RECORDS = 16
-"""Of a batch, each of at most `_PIECE_BYTES`."""
+"""Records per batch, each of at most `_PIECE_BYTES`."""
 
 
 def in_arrow(task: Task, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Calls a task on the records of a partition, which come and go as Arrow batches."""
+    """Runs a task on the records of a partition as Arrow batches."""
     given = (Record(**row) for batch in batches for row in batch.to_pylist())
     waiting: list[dict[str, Any]] = []
     for record in task(given):
@@ -138,49 +137,49 @@ def in_arrow(task: Task, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Recor
 
 
 class Records(Protocol):
-    """Records that lie somewhere in a cluster, in some number of partitions."""
+    """A partitioned collection of records on a cluster."""
 
     def map(self, task: Task) -> "Records":
-        """What a task makes of the records of each partition."""
+        """Applies a task to the records of each partition."""
 
     def only(self, *kinds: str) -> "Records":
-        """Those of some kinds, and errors."""
+        """The records of some kinds, and errors."""
 
     def by_key(self, n: int) -> "Records":
-        """In ``n`` partitions by key, each ordered by key, source and piece."""
+        """Repartitions by key into ``n`` partitions, ordered by key, source and piece."""
 
     def kept(self) -> "Records":
-        """The same, computed once and kept on the disks of the cluster."""
+        """The same records, computed once and persisted on the cluster's disks."""
 
     def stream(self) -> Iterator[Record]:
-        """All records, few at a time in the driver; for those that are kept."""
+        """Streams all records to the driver; for persisted ones."""
 
     def collect(self) -> Iterator[Record]:
-        """All records; for few and small ones."""
+        """All records at once; for few and small ones."""
 
     def release(self) -> None:
-        """Ends what `kept` began."""
+        """Releases persisted records."""
 
 
 class Engine(Protocol):
-    """What runs tasks."""
+    """Runs tasks."""
 
     def numbers(self, n: int) -> Records:
-        """An empty record for each key from 0 to ``n - 1``, in a partition of its own."""
+        """One empty record per key from 0 to ``n - 1``, each in its own partition."""
 
     def share(self, value: Any) -> Callable[[], Any]:
-        """Gives every task a way to a value."""
+        """Makes a value available to every task."""
 
 
 def prepare_on(engine: Engine, job: Job, wanted: str, folder: Path | None = None) -> Manifest:
-    """Prepares a dataset by the tasks of a cluster.
+    """Prepares a dataset with tasks on a cluster.
 
     Args:
         engine: runs the tasks.
         job: the preparation; the driver writes vocabularies, users, items and the manifest into its
             folder.
         wanted: fingerprint of the dataset.
-        folder: where tasks write rows if not into the job's folder, such as one behind a URL.
+        folder: where tasks write rows if not into the job's folder, such as a URL.
 
     Raises:
         DataError: an input cannot be read or used.
@@ -197,10 +196,10 @@ class _Driver:
 
     def __init__(self, engine: Engine, job: Job, wanted: str, folder: Path) -> None:
         self._engine, self._job, self._wanted = engine, job, wanted
-        # Tasks have working folders of their own.
+        # Tasks have separate working folders.
         self._folder = str(folder if is_remote(folder) else folder.absolute())
         self._shared_folder = folder / _SHARED
-        delete_tree(self._shared_folder)  # of a driver that was killed
+        delete_tree(self._shared_folder)  # left by a killed driver
         pieces = {
             name: [piece for file in files for piece in in_pieces(_absolute(file), _READ_BYTES)]
             for name, files in job.files.items()
@@ -213,7 +212,7 @@ class _Driver:
             file.write_text(wanted)
 
     def prepare(self) -> Manifest:
-        """Takes all steps."""
+        """Runs all steps."""
         job, earlier = self._job, PreviousDataset(self._job.earlier)
         task = partial(_read, self._task_job, self._folder, self._wanted)
         read = self._keep(self._engine.numbers(self._n_inputs).map(task))
@@ -255,7 +254,7 @@ class _Driver:
         )
 
     def clear(self) -> None:
-        """Lets go of what the cluster keeps."""
+        """Releases what the cluster persists."""
         for records in self._kept:
             records.release()
         delete_tree(self._shared_folder)
@@ -266,7 +265,7 @@ class _Driver:
         return kept
 
     def _facts(self, read: Records) -> ReadFacts:
-        """Checks what the readers have met; repeats their warnings."""
+        """Checks the readers' facts and repeats their warnings."""
         records = sorted(read.only("facts", "warnings").collect(), key=lambda r: (r.key, r.kind))
         for _, text in _things(record for record in records if record.kind == "warnings"):
             log.warning("%s", text)
@@ -289,7 +288,7 @@ class _Driver:
         return codes
 
     def _users(self, loaded: Records, ids: dict[str, pa.Array]) -> Int64Array:
-        """Completes the ids by the users'; ``[partitions + 1]``, where those of each begin."""
+        """Adds the users' ids; returns their ``[partitions + 1]`` offsets by partition."""
         n_users = np.zeros(self._job.n_partitions + 1, np.int64)
         if "user" not in self._job.entities:
             return n_users
@@ -304,7 +303,7 @@ class _Driver:
         return np.cumsum(n_users)
 
     def _population(self, loaded: Records, n_items: int) -> Records:
-        """Partitions of those who take part, where that is not everyone."""
+        """Partitions with the remaining rows, if some users or items are excluded."""
         job, known = self._job, Population()
         with_users = loaded.only("part", "users")
 
@@ -332,7 +331,7 @@ class _Driver:
         return selected
 
     def _summed(self, counted: Records, n: int) -> Int64Array:
-        """``[n]``: sums of what `_sparse` gives; of many partitions, tasks add up most of it."""
+        """``[n]`` sums of `_sparse` results; with many partitions, tasks pre-aggregate them."""
         if self._job.n_partitions > _ADDING_TASKS:
             counted = counted.by_key(_ADDING_TASKS).map(_add_up)
         return _sum_of(counted.collect(), n)
@@ -392,7 +391,7 @@ class _Driver:
         first_user: Int64Array,
         histories: HistoryWriter,
     ) -> tuple[WriteResult, dict[str, int]]:
-        """Writes the rows; gives `footer_sums` of their files as well."""
+        """Writes the rows; also returns `footer_sums` of their files."""
         job = self._job
         if "user" in job.entities:
             for p in range(job.n_partitions):
@@ -434,11 +433,11 @@ class _Known:
     hashes: dict[str, Hashes]
 
     def codes(self, name: str, texts: pa.Array) -> Int32Array:
-        """``[n]`` texts of a vocabulary, all of them known -> ``[n]`` int32."""
+        """``[n]`` known texts of a vocabulary -> ``[n]`` int32 codes."""
         wanted = hash_texts(texts)
         places = np.searchsorted(self.hashes[name], wanted)
         open_ones = np.arange(len(places))
-        while len(open_ones):  # texts of the same hash follow each other
+        while len(open_ones):  # texts with equal hashes are adjacent
             stored = self.ids[name].take(pa.array(places[open_ones]))
             differ = np.asarray(pc.not_equal(stored, texts.take(pa.array(open_ones))))
             open_ones = open_ones[differ]
@@ -452,7 +451,7 @@ class _Known:
 
 @dataclass(frozen=True)
 class _UserSlice:
-    """What a `WritePlan` says of the users of one partition."""
+    """The part of a `WritePlan` about the users of one partition."""
 
     row_of_code: Int32Array
     negative_user: Int32Array | None
@@ -478,7 +477,7 @@ def _absolute(file: InputFile) -> InputFile:
 
 
 def _sum_of(records: Iterable[Record], n: int) -> Int64Array:
-    """``[n]``: sums of what `_sparse` gives."""
+    """``[n]`` sums of `_sparse` results."""
     sums = np.zeros(n, np.int64)
     for _, (codes, counts) in _things(records):
         sums[codes] += counts
@@ -500,11 +499,11 @@ def _add_tables(total: Counts, tables: Mapping[str, Any], first_user: int) -> No
         into[codes + (first_user if name == entity_key("user") else 0)] += counts
 
 
-# What tasks do.
+# Tasks.
 
 
 def _reporting(task: Callable[..., Iterator[Record]]) -> Callable[..., Iterator[Record]]:
-    """A task that gives the driver a user's mistake as a record: no engine is to try it again."""
+    """Wraps a task so that user errors reach the driver as records and are not retried."""
 
     @wraps(task)
     def reported(*given: Any) -> Iterator[Record]:
@@ -524,10 +523,10 @@ def _records(kind: str, key: int, value: Any, source: int = 0) -> Iterator[Recor
 
 
 def _things(records: Iterable[Record]) -> Iterator[tuple[Record, Any]]:
-    """What `_records` cut into pieces, each with its last piece.
+    """Reassembles what `_records` cut into pieces; yields each object at its last piece.
 
     Raises:
-        DeepFMError: a task has failed with it.
+        DeepFMError: a task failed with it.
     """
     pieces: list[bytes] = []
     for record in records:
@@ -556,7 +555,7 @@ def _read(
 
 
 def _check_shared(folder: str, wanted: str) -> None:
-    """Makes sure, before anything else is done, that a task sees what the driver writes."""
+    """Checks first that tasks see files that the driver writes."""
     file = folder_of(folder) / _SHARED / "fingerprint"
     with storage_errors_to_user(file):
         if not (file.is_file() and file.read_text() == wanted):
@@ -569,7 +568,7 @@ def _check_shared(folder: str, wanted: str) -> None:
 def _read_file(shared: Job, number: int) -> Iterator[Record]:
     job, dropped = shared.for_task(), Counter[str]()
     coder = RowCoder(job, Spill(None, job.n_partitions))
-    if number == 0:  # every partition gets its files, even one without rows
+    if number == 0:  # every partition gets files, even without rows
         empty = _bytes_of(pa.Table.from_batches([coder.no_rows()]))
         for p in range(job.n_partitions):
             yield from _records("rows", p, (empty, {}))
@@ -587,7 +586,7 @@ def _read_file(shared: Job, number: int) -> Iterator[Record]:
 
 
 def _handed_on(job: Job, coder: RowCoder, source: int) -> Iterator[Record]:
-    """A reader's rows, which it then forgets, each partition's with the texts of its codes."""
+    """Yields and clears a reader's rows, by partition, with the texts of their codes."""
     spill, coder.spill = coder.spill, Spill(None, job.n_partitions)
     texts = {name: codes.texts() for name, codes in coder.codes.items()}
     for p in range(job.n_partitions):
@@ -598,7 +597,7 @@ def _handed_on(job: Job, coder: RowCoder, source: int) -> Iterator[Record]:
 
 
 def _bytes_of(table: pa.Table) -> bytes:
-    """A table in Arrow's format of streams: pickle would take all of what a slice is a slice of."""
+    """A table in Arrow's stream format: pickle would include all that a slice refers to."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -612,7 +611,7 @@ def _table(data: bytes) -> pa.Table:
 def _with_own_codes(
     job: Job, table: pa.Table, texts: Mapping[str, pa.Array]
 ) -> tuple[pa.Table, dict[str, pa.Array]]:
-    """Rows with numbers of their own texts alone, and these texts."""
+    """Rows recoded to the texts that occur in them, and these texts."""
     columns = coded_columns(job)
     own: dict[str, pa.Array] = {}
     for name in dict.fromkeys(columns.values()):
@@ -636,7 +635,7 @@ def _with_own_codes(
 
 
 def _by_hash(job: Job, texts: Mapping[str, pa.Array], source: int) -> Iterator[Record]:
-    """Texts by stretch of their hashes: ``{vocabulary: texts}`` for each."""
+    """Texts by range of hashes: ``{vocabulary: texts}`` for each."""
     stretches: dict[int, dict[str, pa.Array]] = {}
     for name, of_name in texts.items():
         of_text = partitions_of(buckets_of(hash_texts(of_name)), job.n_partitions)
@@ -696,7 +695,7 @@ def _load(
 
 
 def _with_users(records: Iterator[Record]) -> Iterator[tuple[int, PartitionRows, pa.Array]]:
-    """Partitions with the ids of their users, which `_load` gives one after the other."""
+    """Pairs each partition with its users' ids, which `_load` yields in turn."""
     part = None
     for record, value in _things(records):
         if record.kind == "part":
@@ -709,7 +708,7 @@ def _with_users(records: Iterator[Record]) -> Iterator[tuple[int, PartitionRows,
 def _count_items(
     job_of: Callable[[], Job], known_of: Callable[[], Population], records: Iterator[Record]
 ) -> Iterator[Record]:
-    """``part`` and ``users`` -> how often each item comes, in training if that is known."""
+    """``part`` and ``users`` -> occurrences of each item, in training if splits are known."""
     for p, part, users in _with_users(records):
         part, user_parts = known_of().select(job_of().for_task(), part, hash_texts(users))
         n_items = int(part["item"].max(initial=-1)) + 1
@@ -731,7 +730,7 @@ def _user_keys(
 def _select(
     job_of: Callable[[], Job], known_of: Callable[[], Population], records: Iterator[Record]
 ) -> Iterator[Record]:
-    """``part`` and ``users`` -> the ``part`` that stays, and what was ``dropped``."""
+    """``part`` and ``users`` -> the remaining ``part``, and ``dropped`` counts."""
     for p, part, users in _with_users(records):
         job = job_of().for_task()
         part, _ = known_of().select(job, part, hash_texts(users))
@@ -748,14 +747,14 @@ def _split_keys(job_of: Callable[[], Job], records: Iterator[Record]) -> Iterato
 
 
 def _sparse(counts: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """Indices and values of the non-zero entries."""
+    """Indices and values of non-zero entries."""
     there = np.flatnonzero(counts)
     return there, counts[there]
 
 
 @_reporting
 def _add_up(records: Iterator[Record]) -> Iterator[Record]:
-    """What `_sparse` gives of many partitions -> its sum."""
+    """Sums `_sparse` results of many partitions."""
     total = np.zeros(0, np.int64)
     key = None
     for record, (places, counts) in _things(records):
@@ -795,13 +794,13 @@ def _count(
 
 
 class _Pairs:
-    """Keeps what users have met, by its kind."""
+    """Collects users' items, by kind of list."""
 
     def __init__(self) -> None:
         self.added: list[tuple[str, Any, Int32Array]] = []
 
     def add(self, name: str, rows: Any, items: Int32Array) -> None:
-        """As `HistoryWriter.add`."""
+        """See `HistoryWriter.add`."""
         self.added.append((name, rows, items))
 
 
@@ -813,7 +812,7 @@ def _write(
     folder: str,
     records: Iterator[Record],
 ) -> Iterator[Record]:
-    """``part`` -> its files, what was ``written``, and the ``history`` of its users."""
+    """``part`` -> its files, ``written`` counts, and the ``history`` of its users."""
     goal = folder_of(folder)
     for record, part in _things(records):
         plan = plan_of()
@@ -829,7 +828,7 @@ def _write(
             parts = splitter.parts(part)
             writer.add(record.key, part, parts, splitter.low_parts(part, parts))
             sums = footer_sums(job.folder)
-            for file in sums:  # a task that runs again, or twice at once, writes the same
+            for file in sums:  # a task that is rerun or runs twice writes the same
                 with atomic_write(goal / file) as aside:
                     shutil.copyfile(job.folder / file, aside)
         yield from _records("written", record.key, (writer.written, sums, job.noted))
@@ -848,7 +847,7 @@ class _Hearing(logging.Handler):
 
 @contextmanager
 def _heard() -> Iterator[list[str]]:
-    """Warnings of the package, for the driver to repeat."""
+    """Collects the package's warnings for the driver to repeat."""
     texts: list[str] = []
     handler, logger = _Hearing(texts), logging.getLogger("deepfm_dist")
     propagates, logger.propagate = logger.propagate, False

@@ -1,4 +1,4 @@
-"""Where rows belong, and what training rows say: added up over partitions and ranks."""
+"""Assigns rows to splits and gathers statistics of training rows over all partitions."""
 
 import logging
 from collections import Counter
@@ -48,19 +48,20 @@ from deepfm_dist.seeding import derive_seed
 log = logging.getLogger(__name__)
 _DAY_S = 86_400
 NEARLY_ALL = 0.95
-"""Share of the rows, users or items without a value from which on a field is warned of."""
+"""A field with this share of empty rows, users or items triggers a warning."""
 
 
 @dataclass
 class EntityValues:
-    """A field of users or items that stands in the rows: what the latest training row says.
+    """A user or item field stored in the rows: the value in the latest training row.
 
     Attributes:
-        entity: ``[m]`` codes, each once.
-        time: ``[m]`` of the rows that say it; 0 where no times are read.
-        word: ``[m]`` seeded hashes of the values, the least of which decides between equal times.
+        entity: ``[m]`` distinct codes.
+        time: ``[m]`` of their rows; 0 if no times are read.
+        word: ``[m]`` seeded hashes of the values, the smallest of which decides between equal
+            times.
         values: ``[m]``.
-        differ: ``[m]`` whether rows of the same user or item say different things.
+        differ: ``[m]`` whether rows of the same user or item have different values.
     """
 
     entity: Int32Array
@@ -78,7 +79,7 @@ class EntityValues:
         values: Values,
         n: int,
     ) -> "EntityValues":
-        """What rows say of ``n`` users or items."""
+        """The values of ``n`` users or items from their rows."""
         row, differ = latest_rows(entities, times, words, has_value(values), n)
         there = np.flatnonzero(row >= 0)
         row = row[there]
@@ -104,7 +105,7 @@ class EntityValues:
 
 
 def has_value(values: Values) -> npt.NDArray[np.bool_]:
-    """``[n]`` bool: which raw values of a field are not missing."""
+    """``[n]`` bool: raw values of a field that are not missing."""
     if isinstance(values, Jagged):
         return np.asarray(values.lengths > 0)
     if values.ndim == 2:  # NaN in the whole row
@@ -141,11 +142,11 @@ def report_empty(feature: Feature, n_empty: int, n: int, rows: str) -> None:
 
 @dataclass(frozen=True)
 class Splitter:
-    """Says where the rows of a partition belong, before anything is fitted.
+    """Assigns the rows of a partition to splits, before anything is fitted.
 
     Attributes:
         job: the preparation.
-        bounds: where held-out rows begin, by their keys, if `has_bounds`.
+        bounds: keys of the first held-out rows, if `has_bounds`.
     """
 
     job: Job
@@ -153,16 +154,16 @@ class Splitter:
 
     @property
     def has_bounds(self) -> bool:
-        """Whether the split is one of all rows, at two keys, rather than one of each user's."""
+        """Whether the split divides all rows at two keys, rather than each user's rows."""
         return self.job.data.split.method in ("random", "temporal") and not self.job.data.refit
 
     @property
     def n_keys(self) -> int:
-        """How many keys order the rows."""
+        """Number of sort keys."""
         return 2 if self.job.data.split.method == "temporal" else 1
 
     def keyed(self, part: PartitionRows) -> SortKeys:
-        """What the rows that are still open are ordered by: a hash, or the time."""
+        """The sort keys of rows without a given split: a hash, or the time."""
         method, at = self.job.data.split.method, np.flatnonzero(part["given"] == OPEN)
         if method == "temporal":
             return part["time"][at], part["key"][at]
@@ -172,24 +173,24 @@ class Splitter:
         """The same with the bounds of all rows.
 
         Args:
-            n: open rows of all partitions.
-            count: sums `Digit.counts` over what `keyed` gives for all partitions.
+            n: number of such rows in all partitions.
+            count: sums `Digit.counts` over `keyed` of all partitions.
         """
         if not (self.has_bounds and n):
             return self
-        once = cache(count)  # both bounds begin with the same digit
+        once = cache(count)  # both bounds share the first digit
         return replace(self, bounds=split_bounds(self.job.data.split, n, once, self.n_keys))
 
     def parts(self, part: PartitionRows) -> SplitIds:
-        """``[n]`` int8: where rows go."""
+        """``[n]`` int8 splits of rows."""
         return self._parts(part, len(part.users))
 
     def low_parts(self, part: PartitionRows, parts: SplitIds) -> SplitIds | None:
-        """Where rows that are only seen go: where a positive of their time or share would go.
+        """Splits of rows that only count as seen: those of a positive with the same time or key.
 
         Args:
             part: the rows.
-            parts: where the others go.
+            parts: splits of the other rows.
         """
         if part.low is None:
             return None
@@ -216,11 +217,11 @@ class Splitter:
         return parts
 
     def ties(self, part: PartitionRows, parts: SplitIds) -> Int64Array:
-        """``[2, 2]``: what equal times left to the hash of the rows' cells.
+        """``[2, 2]``: counts of splits decided by a hash because times are equal.
 
-        Under ``leave_last`` the users whose held-out rows have the time of an earlier split's, and
-        all that have held-out rows; under ``temporal``, for valid and for test, the rows at the
-        bound's time, and those of them that are in an earlier split.
+        Under ``leave_last``: users whose held-out rows tie with rows of an earlier split, and all
+        users with held-out rows. Under ``temporal``, for valid and for test: rows at the bound's
+        time, and those of them in an earlier split.
         """
         ties = np.zeros((2, 2), np.int64)
         is_open = part["given"] == OPEN
@@ -236,7 +237,7 @@ class Splitter:
         return ties
 
     def note_ties(self, ties: Int64Array) -> None:
-        """Counts the `ties` of all partitions among what users should know."""
+        """Adds the `ties` of all partitions to the job's notes."""
         if self.job.data.split.method == "leave_last":
             tied_users, held_out_users = ties[0].tolist()
             if tied_users:
@@ -256,21 +257,21 @@ class Splitter:
 
 @dataclass
 class Counts:
-    """What partitions add to the statistics: a thread's, or one of a cluster's tasks.
+    """Statistics accumulated over partitions, by a thread or a cluster task.
 
     Attributes:
         tables: training rows by code, of each table that has a vocabulary; threads share them.
         liked: training positives by item code; threads share them.
-        numeric: of each numeric field that stands in context.
-        of_entities: of each field of users and items that stands in the rows.
+        numeric: of each numeric context field.
+        of_entities: of each field of users and items stored in the rows.
         rows: ``[partitions, splits]``;
         positives: the same.
         weights: of the training rows, where they are known.
         ties: see `Splitter.ties`.
         repeated: rows dropped because another one has their user and item.
-        low: rows that are seen but not trained on.
-        empty: training rows without a value, of each field that stands in context.
-        days: dated rows of all splits, by days since 1970 (UTC).
+        low: rows that only count as seen.
+        empty: training rows without a value, by context field.
+        days: number of dated rows of all splits, by day since 1970 (UTC).
     """
 
     tables: dict[str, Int64Array]
@@ -288,7 +289,7 @@ class Counts:
 
     @classmethod
     def zeros(cls, job: Job, tables: dict[str, Int64Array], liked: Int64Array) -> "Counts":
-        """Nothing counted yet but what the tables have; see `no_tables`."""
+        """Empty counts on top of given tables; see `no_tables`."""
         context = [f for f in job.row_fields if f.entity == "context"]
         return cls(
             tables=tables,
@@ -304,21 +305,21 @@ class Counts:
     def add(
         self, splitter: Splitter, hashes: Callable[[str], Hashes], p: int, part: PartitionRows
     ) -> SplitIds:
-        """Counts a partition in.
+        """Adds a partition.
 
         Args:
-            splitter: says where its rows go.
+            splitter: assigns its rows.
             hashes: of the texts of a vocabulary, see `Partitions.hashes`.
             p: its number.
             part: its rows.
 
         Returns:
-            Where its rows go.
+            The splits of its rows.
         """
         job, parts = splitter.job, splitter.parts(part)
         words_seed = derive_seed(job.seed, "values")
         at = np.flatnonzero(parts == TRAIN)
-        # Held-out users that are known by some of their rows have a row in the user table, too.
+        # Held-out users that are partly known have a row in the user table, too.
         of_users = np.flatnonzero((parts == TRAIN) | (parts == FOLD_IN))
         for name in job.entities:
             rows = of_users if name == "user" else at
@@ -372,7 +373,7 @@ class Counts:
 
     @classmethod
     def joined(cls, job: Job, pieces: Sequence["Counts"]) -> "Counts":
-        """All pieces' counts; their tables are the first piece's."""
+        """Joins counts of all pieces; the tables are shared and taken from the first piece."""
         first, entity_of = pieces[0], {f.name: f.entity for f in job.row_fields}
         names = list(dict.fromkeys(name for piece in pieces for name in piece.of_entities))
         return cls(
@@ -399,7 +400,7 @@ class Counts:
         )
 
     def report(self, splitter: Splitter) -> None:
-        """Reports what was left out and what users should know, of all partitions.
+        """Reports dropped rows and notes of all partitions.
 
         Raises:
             DataError: no row is left for training.
@@ -421,7 +422,7 @@ class Counts:
 
 
 def rows_by_day(times: Int64Array, time_scale: int) -> dict[int, int]:
-    """How many times lie on each day since 1970 (UTC); those that are no dates do not count."""
+    """Number of times per day since 1970 (UTC); plain numbers are ignored."""
     first, last = (second // _DAY_S for second in USUAL)
     days = times // (_DAY_S * time_scale)
     counts = np.bincount(days[(days >= first) & (days <= last)] - first)
@@ -441,10 +442,10 @@ def no_tables(job: Job, ids: Mapping[str, pa.Array]) -> tuple[dict[str, Int64Arr
 
 
 def split_and_count(job: Job, partitions: Partitions) -> Counts:
-    """Says where each row belongs, and counts training rows. All threads.
+    """Assigns each row to a split, and counts training rows. All threads.
 
-    Each partition's rows get ``[n]`` int8, kept as ``parts``, and those that are only seen, as
-    ``low parts``.
+    The ``[n]`` int8 splits of each partition are saved as ``parts``, those of rows that only count
+    as seen as ``low parts``.
 
     Raises:
         DataError: no row is left for training.
@@ -482,5 +483,5 @@ def split_and_count(job: Job, partitions: Partitions) -> Counts:
     total: Counts = job.crew.broadcast(Counts.joined(job, gathered) if job.crew.is_first else None)
     if job.crew.is_first:
         total.report(splitter)
-    job.crew.gather(None)  # ends here if the first thread has failed
+    job.crew.gather(None)  # raises if the first thread failed
     return total

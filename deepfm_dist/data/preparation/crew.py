@@ -1,4 +1,4 @@
-"""The threads that prepare together, in one process."""
+"""A crew of threads that prepare together in one process."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 class _Shared:
-    """What the threads of a crew exchange."""
+    """State shared by the threads of a crew."""
 
     def __init__(self, size: int) -> None:
         self.barrier, self.values = Barrier(size), [None] * size
@@ -24,14 +24,14 @@ class _Shared:
 
 @dataclass(frozen=True)
 class Crew:
-    """One of several threads that do the same work on different files and partitions.
+    """One of several threads that process different files and partitions.
 
-    Compiled code, Arrow and files leave Python's lock alone, so that threads are as good as
-    processes, and they share what they have read.
+    Compiled code, Arrow and file access release the GIL, so threads are as fast as processes and
+    share what they read.
 
     Attributes:
         rank: of this thread.
-        size: how many there are.
+        size: number of threads.
     """
 
     rank: int = 0
@@ -39,21 +39,21 @@ class Crew:
     _shared: Any = field(default_factory=lambda: _Shared(1))
 
     def __reduce__(self) -> tuple[type["Crew"], tuple[()]]:
-        return Crew, ()  # in another process it is alone
+        return Crew, ()  # in another process, a crew of one
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the thread that called."""
+        """Whether this is the first thread, the caller."""
         return self.rank == 0
 
     @property
     def lock(self) -> Lock:
-        """Guards what all threads change."""
+        """Guards data that all threads modify."""
         lock: Lock = self._shared.lock
         return lock
 
     def gather(self, value: Any) -> list[Any]:
-        """Every thread's value, in their order: the objects themselves. All threads."""
+        """Every thread's value, in order, without copying. All threads."""
         if self.size == 1:
             return [value]
         self._shared.values[self.rank] = value
@@ -72,9 +72,9 @@ class Crew:
         return total
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """``function`` of every item, on as many threads as the crew has.
+        """Maps ``function`` over items on the crew's threads.
 
-        For the first thread, while the others wait for it.
+        Called by the first thread while the others wait.
         """
         if self.size == 1:
             return [function(item) for item in items]
@@ -82,16 +82,16 @@ class Crew:
             return list(pool.map(function, items))
 
     def check(self) -> None:
-        """Ends this thread's work if another one has failed.
+        """Raises in this thread if another one failed.
 
         Raises:
-            BrokenBarrierError: it has.
+            BrokenBarrierError: another thread failed.
         """
         if self._shared.barrier.broken:
             raise BrokenBarrierError
 
     def fail(self) -> None:
-        """Lets the other threads end at their next `gather` or `check`."""
+        """Makes the other threads raise at their next `gather` or `check`."""
         self._shared.barrier.abort()
 
 
@@ -99,10 +99,10 @@ def run_crew(size: int, work: Callable[[Crew], Result]) -> Result:
     """Calls ``work`` in this thread and ``size - 1`` others.
 
     Returns:
-        What it returned in this thread.
+        The result of this thread.
 
     Raises:
-        BaseException: what the first thread to fail raised.
+        BaseException: the error of the first thread that failed.
     """
     shared = _Shared(size)
     failures: list[BaseException] = []
@@ -111,7 +111,7 @@ def run_crew(size: int, work: Callable[[Crew], Result]) -> Result:
         crew = Crew(rank, size, shared)
         try:
             return work(crew)
-        except BrokenBarrierError:  # another thread has failed
+        except BrokenBarrierError:  # another thread failed
             return None
         except BaseException as error:
             with crew.lock:

@@ -1,4 +1,4 @@
-"""What a configuration makes of the first rows of its files; nothing is written."""
+"""A preview: prepares the first rows of the files without writing anything."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,21 +20,21 @@ from deepfm_dist.data.schema import DataConfig, Feature
 from deepfm_dist.messages import plural
 
 ROWS = 100_000
-"""That are read of the interactions, and of each file of held-out rows."""
+"""Rows read from the interactions and from each file of held-out rows."""
 _EXAMPLES = 3
 
 
 @dataclass(frozen=True)
 class FieldPreview:
-    """What becomes of a field.
+    """Preview of a field.
 
     Attributes:
         name: of the field.
         entity: user, item or context.
-        kind: how the model sees it, such as ``table genre, 19 rows``.
-        distinct: values, of a field with a vocabulary or numbers.
+        kind: its form in the model, such as ``table genre, 19 rows``.
+        distinct: number of distinct values, for a field with a vocabulary or numbers.
         missing: share of the training rows, users or items without a value.
-        examples: its most frequent texts, or its least, median and greatest number.
+        examples: its most frequent texts, or its minimum, median and maximum.
     """
 
     name: str
@@ -47,14 +47,14 @@ class FieldPreview:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a configuration makes of the first rows.
+    """Preview of a dataset.
 
     Attributes:
-        rows: that were used, after those that are dropped.
-        limit: of rows that are read.
+        rows: number of rows kept.
+        limit: maximum number of rows read.
         splits: rows by split.
         dropped: rows left out, by reason.
-        noted: what else to know, by reason.
+        noted: counts of other remarks, by reason.
         fields: in the order of the configuration.
     """
 
@@ -75,7 +75,7 @@ def dry_run(
         data: files, features, split, negatives.
         root: folder of the input files, or its URL.
         seed: of splits.
-        rows: that are read of the interactions, and of each file of held-out rows.
+        rows: number to read from the interactions and from each file of held-out rows.
         earlier: local folder of the dataset that ``vocabulary_from`` names, if that is a URL.
 
     Raises:
@@ -116,7 +116,7 @@ def _preview(feature: Feature, partitions: Partitions, counts: Counts, fit: Fitt
 
 
 def _kind(feature: Feature, fit: Fitter) -> str:
-    """How the model sees a field."""
+    """A field's form in the model."""
     if feature.kind == "vector":
         scale = fit.fitted.numeric[feature.name].std
         return f"vector of {plural(feature.dim or 0, 'number')}, scaled by 1 / {scale:.6g}"
@@ -139,14 +139,14 @@ def _kind(feature: Feature, fit: Fitter) -> str:
 
 
 def _texts(ids: pa.Array, counts: np.ndarray) -> tuple[int, tuple[str, ...]]:
-    """How many values training rows have, and the most frequent ones."""
+    """Number of distinct values in training rows, and the most frequent ones."""
     most = np.argsort(-counts, kind="stable")[:_EXAMPLES]
     known = [ids[int(code)].as_py() for code in most if counts[code]]
     return int((counts > 0).sum()), tuple(known)
 
 
 def _numbers(values: Values | None) -> tuple[int, tuple[str, ...]]:
-    """How many different numbers there are; the least, the median and the greatest."""
+    """Number of distinct numbers; minimum, median and maximum."""
     assert values is not None and not isinstance(values, Jagged)
     known = np.sort(values[~np.isnan(values)])
     chosen: Sequence[float] = known[[0, len(known) // 2, -1]].tolist() if len(known) else ()

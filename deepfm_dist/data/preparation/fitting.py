@@ -1,4 +1,4 @@
-"""Vocabularies and statistics, fitted on training rows."""
+"""Fits vocabularies and statistics on training rows."""
 
 import logging
 import math
@@ -46,11 +46,11 @@ _ALL_IN_MEMORY = 1 << 62
 
 @dataclass(frozen=True)
 class FitResult:
-    """What the first thread fits and all need to write rows.
+    """Results of fitting that all threads need to write rows.
 
     Attributes:
-        row_of_code: table rows of the texts of each vocabulary, and a last element 0 for no value.
-            Cold items have the rows behind those of the item table.
+        row_of_code: table rows of each vocabulary's texts, and a last element 0 for no value. Rows
+            of cold items follow those of the item table.
         numeric: statistics of the numeric fields.
         rows: of the user and item tables.
         cold: number of cold items, by entity; see `Manifest.cold`.
@@ -62,7 +62,7 @@ class FitResult:
     cold: dict[str, int]
 
     def encoded(self, feature: Feature, values: Values) -> Values:
-        """Raw numbers or codes -> what the model looks up."""
+        """Raw numbers or codes -> model inputs."""
         if feature.kind == "numeric":
             assert not isinstance(values, Jagged)
             return transformed(
@@ -86,12 +86,12 @@ class FitResult:
 
 @dataclass(frozen=True)
 class Lifetimes:
-    """When the ids of users or items were last seen, and since when they have their rows.
+    """When ids of users or items were last seen, and since when they have their rows.
 
     Attributes:
         last_day: ``[rows]`` int32: the last day of the latest log with the id, since 1970.
-        generation: ``[rows]`` int32: how many datasets had grown before the id got its row.
-        reused: rows that new ids have taken from forgotten ones in this dataset.
+        generation: ``[rows]`` int32: number of datasets in the chain before the id got its row.
+        reused: rows that new ids took over from forgotten ones in this dataset.
     """
 
     last_day: Int32Array
@@ -100,7 +100,7 @@ class Lifetimes:
 
 
 class PreviousDataset:
-    """The dataset whose ids keep their rows; it may be none."""
+    """The dataset whose ids keep their rows, if there is one."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder or Path()
@@ -108,7 +108,7 @@ class PreviousDataset:
         self.manifest = None if self.dataset is None else self.dataset.manifest
 
     def column(self, entity: str, name: str) -> pa.ChunkedArray | None:
-        """A column of its users or items, if there is one."""
+        """A column of its users or items; None if missing."""
         if self.manifest is None or entity not in self.manifest.entities:
             return None
         file = f"entities/{entity}.parquet"
@@ -139,14 +139,14 @@ class PreviousDataset:
         return np.zeros(self.manifest.entities[entity], np.int32)
 
     def vocabulary(self, name: str) -> Vocabulary | None:
-        """A table's vocabulary, or that of the users or items themselves."""
+        """The vocabulary of a table, or of the users or items."""
         if name.startswith(entity_key("")):
             entity = name.removeprefix(entity_key(""))
             ids = self.column(entity, "id")
             if self.manifest is None or ids is None:
                 return None
             for feature in self.manifest.features:
-                if feature.entity == entity and feature.is_id:  # its table says how often they came
+                if feature.entity == entity and feature.is_id:  # its table has the counts
                     return self.vocabulary(feature.table_name)
             return Vocabulary(ids.slice(1).combine_chunks(), np.zeros(len(ids) - 1, np.int64))
         if self.manifest is None or name not in self.manifest.vocabularies:
@@ -156,10 +156,10 @@ class PreviousDataset:
 
 
 class Fitter:
-    """Fits on what all training rows say. First thread.
+    """Fits on all training rows. First thread.
 
     Attributes:
-        entities: vocabularies of the users and items themselves.
+        entities: vocabularies of the users and items.
         cold: ids of the cold items, if there are any, by entity; see `Manifest.cold`.
         values: raw values of their fields, by table row.
         cold_values: raw values of the cold items' fields.
@@ -188,12 +188,12 @@ class Fitter:
         self.vocabularies = self._fit_tables()
         self._fit_histories()
         for name, ids in partitions.ids.items():
-            if name not in self._row_of_code:  # other fields share the table of ids
+            if name not in self._row_of_code:  # other fields use the table of ids
                 self._row_of_code[name] = self.vocabularies[name].lookup(ids)
         self.fitted = FitResult(
             {
                 name: np.append(self._row_of_code[name], np.int32(0))
-                for name in partitions.ids  # in their order
+                for name in partitions.ids  # sorted
             },
             self._numeric(),
             {name: v.rows for name, v in self.entities.items()},
@@ -201,7 +201,7 @@ class Fitter:
         )
 
     def _fit_entities(self) -> dict[str, Vocabulary]:
-        """The vocabularies of users and items, on several threads with what looks wrong in all."""
+        """Fits the vocabularies of users and items and checks all vocabularies, in threads."""
         job, ids, tables = self._job, self._partitions.ids, self._counts.tables
         tasks: list[Callable[[], Any]] = [
             *(partial(self._vocabulary, entity_key(n), self._min_count(n)) for n in job.entities),
@@ -222,14 +222,14 @@ class Fitter:
         return vocabularies
 
     def _cold_items(self) -> dict[str, pa.Array]:
-        """The ids of items that files describe and that have no row of their own.
+        """The ids of items without a table row that attribute files describe.
 
-        The items of the log among them get the rows behind those of the item table.
+        Those in the log get the rows after the item table.
         """
         data, entity = self._job.data, "item"
         if entity not in self.entities:
             return {}
-        rows_files = {name for _, name, _ in self._job.inputs}  # held-out rows describe nobody
+        rows_files = {name for _, name, _ in self._job.inputs}  # held-out rows describe no one
         fields = [f for f in data.features if f.entity == entity and f.file is not None]
         fields = [f for f in fields if f.file and label_of(f.file) not in rows_files]
         keys = [self._partitions.side_files[f.name].keys for f in fields]
@@ -271,15 +271,15 @@ class Fitter:
         return rows
 
     def _fit_tables(self) -> dict[str, Vocabulary]:
-        """The vocabularies of embedding tables, except those used by histories only."""
+        """Fits the vocabularies of embedding tables, except those used only by histories."""
         vocabularies: dict[str, Vocabulary] = {}
         for table in table_names(self._job.data.features):
             features = [f for f in self._job.data.features if f.table_name == table and f.in_table]
             features = [f for f in features if f.history is None]
-            if not features:  # a history's own
+            if not features:  # a history's own table
                 continue
             ids = [f for f in features if f.is_id]
-            if ids:  # other fields of such ids may share it
+            if ids:  # other fields of these ids may share it
                 vocabularies[table] = self.entities[ids[0].entity]
                 if len(features) > 1:
                     self._check_ids(table, ids[0], [f for f in features if not f.is_id])
@@ -289,7 +289,7 @@ class Fitter:
         return vocabularies
 
     def _check_ids(self, table: str, named: Feature, others: list[Feature]) -> None:
-        """Refuses fields that share the table of ids and hold none of them."""
+        """Refuses fields that share the table of ids but contain none of them."""
         values, counts = self._partitions.ids[table], self._counts.tables[table]
         known = self.entities[named.entity].lookup(values) > 0
         n, n_known = int(counts.sum()), int(counts[known].sum())
@@ -305,7 +305,7 @@ class Fitter:
         log.info("%s: %.1f %% of the values are ids of known %ss", names, share, named.entity)
 
     def _fit_histories(self) -> None:
-        """A history's table has the rows of that which its values belong to."""
+        """Gives a history's table the vocabulary of its source field."""
         for feature in self._job.data.features:
             if feature.history is not None:
                 source = self._job.data.source_of(feature)
@@ -386,10 +386,10 @@ class Fitter:
         return max(self._counts.days)
 
     def _forgettable(self, entity: str) -> Int32Array | None:
-        """Rows of ids that neither this log nor one of the last days has, oldest first.
+        """Rows of ids that are neither in this log nor in recent days, oldest first.
 
-        None: nothing is to be recorded. A record that an earlier dataset began is continued, since
-        it says which rows were reused.
+        None: nothing is recorded. A record of an earlier dataset is continued, since it shows which
+            rows were reused.
         """
         days, before = self._job.data.forget_after, self._earlier.vocabulary(entity_key(entity))
         if before is None:
@@ -406,7 +406,7 @@ class Fitter:
         return rows[np.argsort(last_days[rows], kind="stable")].astype(np.int32)
 
     def _lifetimes(self) -> dict[str, Lifetimes]:
-        """What to record of the ids, once they have their rows; logs how many were forgotten."""
+        """The lifetimes to record, after rows are assigned; logs the number of forgotten ids."""
         lifetimes, forgotten, waiting = {}, [], []
         for name, free in self._free.items():
             if free is None:
@@ -460,7 +460,7 @@ class Fitter:
             side = self._partitions.side_files[feature.name]
             self.check_join(feature.entity, feature.file, feature.key, side.keys, feature.name)
             rows, raw = self.rows_of(feature.entity, side.keys), side.values
-            # "first" asks for the order of the file, and of vectors few come twice.
+            # "first" depends on the order of the file, and vectors rarely repeat.
             if feature.keep == "all" and feature.kind != "vector":
                 hashes = (
                     self._partitions.hashes(feature.table_name) if feature.has_vocabulary else None
@@ -468,7 +468,7 @@ class Fitter:
                 words = seeded(words_of(raw, hashes), derive_seed(self._job.seed, "values"))
                 order = np.lexsort((words_of(raw, None), words, rows))
                 rows, raw = rows[order], taken(raw, order)
-            # Several fields of a file may read the same rows.
+            # Several fields may read the same rows of a file.
             reason = f"{label_of(feature.file)} rows of {feature.entity}s without training rows"
             unknown = int((rows == 0).sum())
             self._job.drop(reason, max(0, unknown - self._job.dropped[reason]))
@@ -495,7 +495,7 @@ class Fitter:
         keys: pa.Array | pa.ChunkedArray,
         field: str,
     ) -> None:
-        """Compares a side file's keys with the users or items of the training rows, once.
+        """Compares a side file's keys with the training rows' users or items, once per file.
 
         Args:
             entity: user or item.
@@ -505,7 +505,7 @@ class Fitter:
             field: the column to read.
 
         Raises:
-            DataError: none of the keys is one of theirs.
+            DataError: no key matches.
         """
         name, column = label_of(file), key or getattr(self._job.data.interactions, entity)
         if (name, column) in self._joined:
@@ -529,18 +529,18 @@ class Fitter:
             log.warning("%s", warning)
 
     def _check_filled(self, feature: Feature, values: Values) -> None:
-        """Says how many users or items have no value in a field."""
+        """Warns if many users or items have no value in a field."""
         if self._earlier.column(feature.entity, feature.name) is not None:
-            return  # an earlier dataset may have it
+            return  # an earlier dataset may have values
         key = feature.key or getattr(self._job.data.interactions, feature.entity)
         if feature.file is not None and self._joined[label_of(feature.file), key]:
-            return  # said already: few of them are in the file
+            return  # already reported: few are in the file
         n = len(values) - 1
         n_empty = n - int(has_value(values)[1:].sum())
         report_empty(feature, n_empty, n, f"{feature.entity}s")
 
     def missing(self, feature: Feature) -> float | None:
-        """Share of the training rows, users or items without a value; of ids and histories None."""
+        """Share of rows, users or items without a value; None for ids and histories."""
         if feature.name in self.values:
             present = has_value(self.values[feature.name])[1:]
             return 1 - float(present.mean()) if len(present) else 0.0
@@ -549,7 +549,7 @@ class Fitter:
         return None
 
     def _by_row(self, feature: Feature, rows: Int32Array, raw: Values, n: int) -> Values:
-        """Values of some rows, the first of which counts -> one value or bag for each of ``n``."""
+        """(row, value) pairs -> one value or bag for each of ``n`` rows; the first value counts."""
         if feature.kind == "vector":
             return self._vectors_by_row(feature, rows, raw, n)
         if feature.kind == "numeric":
@@ -582,8 +582,8 @@ class Fitter:
     ) -> npt.NDArray[np.float32]:
         """``[n, dim]``: one vector for each row, NaN where there is none.
 
-        Of several vectors of a row the least stays, by its numbers in order, wherever it stands; of
-        a field with ``keep: first`` the first in the file.
+        If a row has several vectors, the lexicographically smallest is kept, or with ``keep:
+        first`` the first in the file.
         """
         assert isinstance(raw, np.ndarray)
         known = np.flatnonzero(has_value(raw))

@@ -1,4 +1,4 @@
-"""Held-out rows whose users and items have no training rows."""
+"""Checks how many held-out rows have users and items without training rows."""
 
 import logging
 from collections.abc import Mapping
@@ -23,11 +23,11 @@ _MOST_UNKNOWN = 10_000
 
 @dataclass
 class HeldOutIdCheck:
-    """How many held-out rows have users and items that have training rows.
+    """Counts held-out rows whose users and items have training rows.
 
     Attributes:
-        rows: ``[splits, entities, 2]``: those that do, and all.
-        unknown: by split and entity, codes of some that have none, ascending.
+        rows: ``[splits, entities, 2]``: rows with known ones, and all rows.
+        unknown: by split and entity, ascending codes of some unknown ones.
     """
 
     rows: Int64Array
@@ -35,7 +35,7 @@ class HeldOutIdCheck:
 
     @classmethod
     def zeros(cls, job: Job) -> "HeldOutIdCheck":
-        """Nothing counted yet."""
+        """Empty counts."""
         entities = {name: np.zeros(0, np.int32) for name in job.entities}
         unknown = {(s, name): codes for s in (VALID, TEST) for name, codes in entities.items()}
         return cls(np.zeros((len(SPLITS), len(entities), 2), np.int64), unknown)
@@ -43,7 +43,7 @@ class HeldOutIdCheck:
     def add(
         self, trained: Mapping[str, npt.NDArray[np.bool_]], part: PartitionRows, parts: SplitIds
     ) -> None:
-        """Counts a partition in, whose rows go where ``parts`` says; see `WritePlan.trained`."""
+        """Adds a partition with its rows' splits ``parts``; see `WritePlan.trained`."""
         for split in (VALID, TEST):
             at = np.flatnonzero(parts == split)
             for place, (name, has_rows) in enumerate(trained.items()):
@@ -59,7 +59,7 @@ class HeldOutIdCheck:
     def check(
         self, job: Job, trained: Mapping[str, npt.NDArray[np.bool_]], ids: Mapping[str, pa.Array]
     ) -> None:
-        """Warns where few held-out rows, or none, have users and items with training rows.
+        """Warns if few or no held-out rows have users and items with training rows.
 
         Args:
             job: the preparation.
@@ -67,7 +67,7 @@ class HeldOutIdCheck:
             ids: texts of the users and items by code.
 
         Raises:
-            DataError: none has, in a split that a file or a column gives.
+            DataError: no row has, in a split given by a file or column.
         """
         for split in (VALID, TEST):
             file = getattr(job.data.split, f"{SPLITS[split]}_file")

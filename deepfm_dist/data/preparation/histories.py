@@ -1,4 +1,4 @@
-"""What each user has met in each split, gathered from all partitions."""
+"""Collects each user's items by split from all partitions."""
 
 from pathlib import Path
 
@@ -14,17 +14,17 @@ from deepfm_dist.data.prefetch import read_ahead
 from deepfm_dist.data.preparation.crew import Crew
 
 CARRIED = "carried"
-"""What an earlier dataset held out: seen, unless a row of this one has the user and the item."""
+"""Items held out by an earlier dataset: they count as seen unless this dataset has the pair."""
 
 
 class HistoryWriter:
-    """Everyone's items, put aside until those of neighbouring rows come together.
+    """Spills users' items to disk and writes them grouped by ranges of user rows.
 
     Args:
         n_users: rows of the user table.
-        n_rare: users without a row, numbered behind it.
-        n_buckets: stretches of rows that are finished one after the other.
-        folder: of files that go when the dataset is whole.
+        n_rare: users without a row, numbered after it.
+        n_buckets: number of ranges of rows, finished one by one.
+        folder: for temporary files.
         crew: the threads.
     """
 
@@ -37,10 +37,10 @@ class HistoryWriter:
         return self.folder / f"{name}-{bucket}-{rank}.bin"
 
     def add(self, name: str, rows: npt.NDArray[np.integer], items: Int32Array) -> None:
-        """Appends ``[m]`` pairs to one of `LISTS` or `CARRIED`; those of one row stay in order."""
+        """Appends ``[m]`` pairs to one of `LISTS` or `CARRIED`, in order within each row."""
         offsets, order = grouped(rows // self.height, self.n_buckets)
         pairs = np.stack([rows.astype(np.int32), items], axis=1)
-        pairs = pairs.view(np.int64).ravel().take(order)  # as one number: it is copied at once
+        pairs = pairs.view(np.int64).ravel().take(order)  # copied as one number
         for bucket in np.flatnonzero(np.diff(offsets)):
             with self._path(name, int(bucket), self.crew.rank).open("ab") as file:
                 file.write(pairs[offsets[bucket] : offsets[bucket + 1]].data)
@@ -52,7 +52,7 @@ class HistoryWriter:
         rare: dict[str, list[Jagged]] = {name: [] for name in LISTS}
         how = {"compression": "zstd", "write_page_checksum": True}
         with pq.ParquetWriter(path, schema, **how) as writer:
-            # Other threads make the lists, as far ahead as there are threads to make them.
+            # Other threads compute the lists, one per thread ahead.
             ahead = read_ahead(self._lists, 0, self.n_buckets - 1, self.crew.size - 1)
             for bucket, lists in enumerate(ahead):
                 begin = bucket * self.height
@@ -104,7 +104,7 @@ class HistoryWriter:
 def first_pairs(
     offsets: Int64Array, order: Int64Array, items: Int32Array, n_items: int
 ) -> npt.NDArray[np.bool_]:
-    """Whether a row is its group's first with its item; groups as `jagged.grouped` gives them."""
+    """Whether a row is the first of its group with its item; groups as from `jagged.grouped`."""
     first = np.zeros(len(items), np.bool_)
     last_group = np.full(n_items, -1, np.int64)
     for g in range(len(offsets) - 1):

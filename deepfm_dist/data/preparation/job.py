@@ -1,4 +1,4 @@
-"""What all steps of one preparation know."""
+"""The context shared by all steps of a preparation."""
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -16,20 +16,22 @@ from deepfm_dist.data.schema import DataConfig, Feature, label_of
 from deepfm_dist.data.sources import InputFile
 
 PARTITION_BYTES = 8 << 20
-"""Of input, as plain text, that one of many partitions is meant for: threads hold one each, and
-there are enough of them for all threads to end at about the same time."""
+"""Target size of a partition, as plain text: each thread holds one, and there are enough of them
+for threads to finish at about the same time.
+"""
 IN_MEMORY_PARTITIONS = 4
-"""Up to this size there is a single partition, which stays in memory."""
+"""Up to this many partitions' worth of input, there is a single partition in memory."""
 BUCKET_BITS = 9
-"""Rows are ordered by the first bits of a hash, their bucket, before anything else. A partition has
-the rows of neighbouring buckets: the order of all rows does not depend on the partitions."""
+"""Rows are ordered first by the leading bits of a hash, their bucket. A partition consists of
+adjacent buckets, so the order of all rows does not depend on the partitions.
+"""
 MOST_PARTITIONS = 1 << BUCKET_BITS
 OPEN = -1
-"""In place of a split: which one a row belongs to is yet to be said."""
+"""Placeholder for a split that is not assigned yet."""
 
 
 def entity_key(name: str) -> str:
-    """What the ids of users or items go by among the tables' values."""
+    """Key of the ids of users or items among the tables' values."""
     return f"entity {name}"
 
 
@@ -42,11 +44,10 @@ class Job:
         files: the input files by `label_of` their setting.
         seed: of splits, negatives and row order.
         crew: the threads.
-        folder: of the dataset to be.
-        dropped: what this thread has left out of the input, by reason.
-        noted: what users should know of the rest, by reason, counted by this thread.
-        rows_limit: how many rows are read of the files of each setting, if not all; they are one
-            partition.
+        folder: where the dataset is written.
+        dropped: counts of input that this thread dropped, by reason.
+        noted: counts of other remarks by this thread, by reason.
+        rows_limit: number of rows to read per setting, as a single partition; None: all.
         earlier: folder of the dataset that this one continues, if any.
     """
 
@@ -66,18 +67,18 @@ class Job:
             self.dropped[reason] += count
 
     def note(self, reason: str, count: int) -> None:
-        """Counts what users should know of."""
+        """Counts a remark for users."""
         if count:
             self.noted[reason] += count
 
     @cached_property
     def entities(self) -> list[str]:
-        """Which of user and item the rows have."""
+        """The entities, user and item, that the rows have."""
         return [name for name in ("user", "item") if getattr(self.data.interactions, name)]
 
     @cached_property
     def row_fields(self) -> list[Feature]:
-        """Fields whose values stand in the rows."""
+        """Fields stored in the rows."""
         return in_rows(self.data)
 
     @cached_property
@@ -94,7 +95,7 @@ class Job:
 
     @cached_property
     def n_partitions(self) -> int:
-        """Partitions that the rows are dealt to."""
+        """Number of partitions."""
         n = -(-sum(file.text_bytes for file, _, _ in self.inputs) // PARTITION_BYTES)
         if self.rows_limit is not None or n <= IN_MEMORY_PARTITIONS:
             return 1
@@ -102,14 +103,14 @@ class Job:
 
     @cached_property
     def n_user_groups(self) -> int:
-        """Groups of rows of the user table, which are finished one after the other."""
+        """Number of row groups of the user table, which are finished one by one."""
         return -(-self.n_partitions // IN_MEMORY_PARTITIONS)
 
     def for_task(self, files: dict[str, list[InputFile]] | None = None) -> "Job":
-        """The same for one task of a cluster, with nothing left out or noted yet.
+        """The same job for one cluster task, with empty counts.
 
         Args:
-            files: the same input in other pieces, if it is divided.
+            files: the input divided into pieces, if it is.
         """
         job = replace(
             self, files=files or self.files, crew=Crew(), dropped=Counter(), noted=Counter()
@@ -123,15 +124,15 @@ class Job:
         return range(self.crew.rank, self.n_partitions, self.crew.size)
 
     def spill(self, name: str) -> Path:
-        """A file that goes when the dataset is whole."""
+        """Path of a temporary file."""
         return self.folder.with_name("spill") / name
 
 
 def buckets_of(hashes: Hashes) -> Int64Array:
-    """``[n]`` hashes -> ``[n]`` int64 buckets, which ascend as the hashes do."""
+    """``[n]`` hashes -> ``[n]`` int64 buckets, in the same order."""
     return (hashes >> np.uint64(64 - BUCKET_BITS)).astype(np.int64)
 
 
 def partitions_of(buckets: Int64Array, n_partitions: int) -> Int64Array:
-    """``[n]`` buckets -> ``[n]`` int64 partitions, which ascend as the buckets do."""
+    """``[n]`` buckets -> ``[n]`` int64 partitions, in the same order."""
     return (buckets * n_partitions) >> BUCKET_BITS

@@ -9,16 +9,16 @@ Layout of ``prepared/<name>/``::
     entities/rare.parquet        the same lists of the users below min_count, who share row 0
     train/ valid/ test/          user, item, [labels], [time], one column per context field
 
-Rows stream through twice and are never held together. First they are read, their texts become
-codes, and they are dealt to partitions by a hash of their user: on disk, unless all of them fit
-one partition. A partition is small enough for memory and has all of its users' rows, so that
-repeated rows, splits by user and histories are a matter of one partition; splits over all rows
-need two numbers that histograms give. Then vocabularies and statistics are fitted on training rows
-alone, and the partitions are written out as table rows.
+Rows are streamed twice and never held in memory together. First they are read, texts are encoded,
+and rows are partitioned by a hash of their user: on disk, unless all fit one partition. A partition
+fits in memory and has all rows of its users, so that repeated rows, splits by user and histories
+are local to a partition; splits over all rows need two bounds, which are found by histograms. Then
+vocabularies and statistics are fitted on training rows alone, and the partitions are written out as
+table rows.
 
-The steps are `reading`, `partitions`, `counts`, `fitting` and `writing`. Threads share the files,
-then the partitions; what the first thread does alone, between two steps, it shares by `Crew.map`.
-Nothing depends on how many there are, nor on the sizes of blocks.
+The steps are `reading`, `partitions`, `counts`, `fitting` and `writing`. Threads divide the files,
+then the partitions, among them; between steps, the first thread parallelises its work with
+`Crew.map`. Results depend neither on the number of threads nor on the sizes of blocks.
 """
 
 import hashlib
@@ -78,10 +78,11 @@ from deepfm_dist.storage import remove_leftovers, work_folder
 log = logging.getLogger(__name__)
 _ELSEWHERE = "set data.name (or --output) to write elsewhere"
 BeforeReplacing = Callable[[Manifest | None, Manifest], Path | None]
-"""Called with the manifest of an earlier dataset, None if it cannot be read, and that of the one
-about to take its place; it may raise, or return where to keep the earlier one."""
+"""Called with the manifest of the existing dataset (None if unreadable) and of its replacement; may
+raise, or return where to move the existing one.
+"""
 _MOST_PERIODS = 400
-"""That the manifest counts rows in."""
+"""Maximum number of periods in the manifest's profile."""
 
 
 def prepare(
@@ -97,26 +98,26 @@ def prepare(
 ) -> Manifest:
     """Makes sure that ``folder`` holds the dataset that the configuration describes.
 
-    An unchanged dataset is reused; a changed input file or setting rebuilds it. The folder appears
-    complete or not at all.
+    An up-to-date dataset is reused; a changed input file or setting rebuilds it. The folder is
+    replaced atomically.
 
     Args:
         data: files, features, split, negatives.
         root: folder of the input files, or its URL.
         folder: where the prepared dataset goes.
         seed: of splits, negatives and row order.
-        threads: that share the work; default: one per core. Their number changes no result.
+        threads: number of threads; default: one per core. Results do not depend on it.
         before_replacing: see `BeforeReplacing`.
-        build: makes the dataset of a fingerprint in the job's folder; default: threads do.
+        build: builds the dataset with a fingerprint in the job's folder; default: with threads.
         earlier: local folder of the dataset that ``vocabulary_from`` names, if that is a URL.
-        destination: where to publish the dataset, such as behind a URL, unless it is there already;
-            ``folder`` is then a local copy. A different one there is never replaced.
+        destination: where to publish the dataset, such as a URL; ``folder`` is then a local copy. A
+            different dataset there is never replaced.
 
     Returns:
         The manifest.
 
     Raises:
-        ConfigError: ``vocabulary_from`` is this folder, or a field there means something else.
+        ConfigError: ``vocabulary_from`` is this folder, or a field there has a different meaning.
         DataError: an input cannot be read or used, or a folder cannot be written.
         InUse: another process is writing to ``destination``.
     """
@@ -134,7 +135,7 @@ def prepare(
         return current
     started, make = time.perf_counter(), build or partial(_build_by_threads, threads)
     with nullcontext() if destination is None else Lock(place, str(place), _ELSEWHERE, _ELSEWHERE):
-        manifest = _up_to_date(folder, wanted) if destination else None  # its upload had failed
+        manifest = _up_to_date(folder, wanted) if destination else None  # an earlier upload failed
         if manifest is None:
             aside = work_folder(folder) / "dataset"
             job = _settled(Job(data, files, seed, Crew(), aside, earlier=earlier), before)
@@ -146,7 +147,7 @@ def prepare(
 
 
 def _settled(job: Job, earlier: Manifest | None) -> Job:
-    """The job with what its configuration leaves to the files."""
+    """The job with settings detected from its files."""
     data = detect_lists(job.data, job.files)
     if earlier is not None:
         _check_meanings(data, earlier)
@@ -159,13 +160,13 @@ def _build_in_place(
     make: Callable[[], Manifest],
     before_replacing: BeforeReplacing,
 ) -> Manifest:
-    """Makes a dataset in the job's folder, and moves it to its place."""
+    """Builds a dataset in the job's folder and moves it into place."""
     aside = job.folder.parent
     try:
         job.folder.mkdir(parents=True)
         job.spill("").mkdir()
         manifest = make()
-        if folder.exists():  # a deletion takes time, in which it would look whole
+        if folder.exists():  # a slow deletion would leave a partial dataset
             kept = _where_to_keep(folder, manifest, before_replacing)
             folder.rename(kept or aside / "before")
         job.folder.rename(folder)
@@ -189,17 +190,17 @@ def _build_by_threads(threads: int | None, job: Job, wanted: str) -> Manifest:
 
 
 def _where_to_keep(folder: Path, new: Manifest, before_replacing: BeforeReplacing) -> Path | None:
-    """Where to keep the dataset that a folder holds; None: it can be deleted."""
+    """Where to move the existing dataset; None if it can be deleted."""
     if not (folder / MANIFEST).is_file():
         return None
     old = None
-    with suppress(DataError):  # damaged, or in a format that this version does not read
+    with suppress(DataError):  # damaged, or in an unsupported format
         old = Manifest.read(folder)
     return before_replacing(old, new)
 
 
 def _from_another_tool(data: DataConfig, folder: Path) -> Manifest | None:
-    """The manifest, where the folder holds what another tool has prepared."""
+    """The manifest of a dataset prepared by another tool; None if it is not one."""
     if not (folder / "manifest.json").is_file():
         return None
     if not Manifest.is_given(folder):
@@ -215,13 +216,13 @@ def _from_another_tool(data: DataConfig, folder: Path) -> Manifest | None:
     if not (marker.is_file() and marker.read_text() == mark):
         DatasetFiles(folder, manifest).check_everything()
         log.info("%s: prepared by another tool; its layout is valid", folder)
-        with suppress(OSError):  # where it cannot be kept, every run checks again
+        with suppress(OSError):  # if it cannot be saved, every run checks again
             marker.write_text(mark)
     return manifest
 
 
 def _manifest_to_grow_from(data: DataConfig, earlier: Path, folder: Path) -> Manifest:
-    """The manifest of the dataset whose rows and statistics are to stay in force."""
+    """The manifest of the dataset whose rows and statistics are kept."""
     if earlier.resolve() == folder.resolve():
         raise ConfigError(
             f"data.vocabulary_from={data.vocabulary_from}: this dataset itself is written there, "
@@ -231,7 +232,7 @@ def _manifest_to_grow_from(data: DataConfig, earlier: Path, folder: Path) -> Man
 
 
 def _check_meanings(data: DataConfig, earlier: Manifest) -> None:
-    """Refuses fields that mean something else than in the dataset whose rows stay in force."""
+    """Refuses fields whose meaning differs from the dataset whose rows are kept."""
     option = f"data.vocabulary_from={data.vocabulary_from}"
     theirs = {f.name: f for f in earlier.features}
     for ours in data.features:
@@ -246,9 +247,9 @@ def _check_meanings(data: DataConfig, earlier: Manifest) -> None:
 
 
 def detect_lists(data: DataConfig, files: Mapping[str, Sequence[InputFile]]) -> DataConfig:
-    """The configuration with what the files settle of its fields.
+    """The configuration with field settings detected from the files.
 
-    `Feature.several` is set where columns hold lists, and `Feature.dim` of all vector fields.
+    Sets `Feature.several` for columns of lists, and `Feature.dim` of vector fields.
     """
     holds: dict[str, bool] = {}
     open_ones = [
@@ -314,7 +315,7 @@ def _length_of_vectors(
 
 
 def _up_to_date(folder: Path, wanted: str) -> Manifest | None:
-    """The manifest, where the folder holds the dataset that is wanted."""
+    """The manifest if the folder holds an up-to-date dataset; otherwise None."""
     if (folder / "manifest.json").is_file():
         try:
             manifest = Manifest.read(folder)
@@ -352,7 +353,7 @@ def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
 
 
 def _report_empty(data: DataConfig, name: str) -> None:
-    """Says why a split that was asked for has no rows."""
+    """Warns why a requested split has no rows."""
     share, file = getattr(data.split, name), getattr(data.split, f"{name}_file")
     if file is not None:
         log.warning(
@@ -369,7 +370,7 @@ def _report_empty(data: DataConfig, name: str) -> None:
 
 
 def _build_dataset(job: Job, wanted: str) -> Manifest:
-    """Takes all steps, and writes the dataset into an empty folder. All threads."""
+    """Runs all steps and writes the dataset into an empty folder. All threads."""
     earlier = PreviousDataset(job.earlier)
     readers = job.crew.gather(ThreadReader(job))
     partitions: Partitions = job.crew.broadcast(
@@ -408,21 +409,21 @@ def finish(
     earlier: PreviousDataset,
     row_sums: Mapping[str, int] | None = None,
 ) -> Manifest:
-    """Writes vocabularies, users and items, when the rows are written; the manifest last.
+    """Writes vocabularies, users and items after the rows, and the manifest last.
 
     Args:
         job: the preparation.
         wanted: fingerprint of the dataset.
         counts: of all partitions.
-        fit: what was fitted on them.
-        plan: by which the rows were written.
-        written: of all partitions.
-        histories: what users have met.
+        fit: results of fitting.
+        plan: for writing rows.
+        written: counts of all partitions.
+        histories: users' items.
         earlier: the dataset that this one continues.
-        row_sums: `footer_sums` of the files of rows, where they lie elsewhere.
+        row_sums: `footer_sums` of the files of rows, if they are elsewhere.
     """
     sums = write_entities(job, fit, counts, histories, earlier) | sums_of_tables(written.sums)
-    before = earlier.manifest.data_hash if earlier.manifest else None  # histories are carried
+    before = earlier.manifest.data_hash if earlier.manifest else None  # histories are carried over
     tables = _tables(job.data, fit)
     vocabulary_hash, field_hashes = _hashes_of(job.data, fit, tables)
     manifest = Manifest(
@@ -492,7 +493,7 @@ def _tables(data: DataConfig, fit: Fitter) -> dict[str, TableSpec]:
 def _hashes_of(
     data: DataConfig, fit: Fitter, tables: dict[str, TableSpec]
 ) -> tuple[str, dict[str, str]]:
-    """Of all that says which row or number a value becomes; and of each field's part of it."""
+    """Hash of everything that maps values to rows and numbers, and the same by field."""
     digests = {name: _digest_of(vocabulary) for name, vocabulary in fit.vocabularies.items()}
     numbers: dict[str, tuple[str | float, ...]] = {}
     for feature in (f for f in data.features if f.kind != "categorical"):
@@ -501,14 +502,14 @@ def _hashes_of(
         if feature.kind == "vector":
             numbers[feature.name] = (feature.kind, float(feature.dim or 0), f"{spec.std:.6g}")
         if feature.transform == "standard":
-            # Without the last digits, which go by the order in which partitions are summed up.
+            # Without the last digits, which depend on the order in which partitions are summed.
             numbers[feature.name] += (round(spec.mean / spec.std, 6) + 0.0, f"{spec.std:.6g}")
     rows = {name: spec.rows for name, spec in tables.items()}
     field_hashes = {}
     for feature in data.features:
         source = feature if feature.history is None else data.source_of(feature)
         ids = digests.get(source.table_name) if feature.in_table else None
-        if ids is None and source.is_id:  # a history of items that have no table of their own
+        if ids is None and source.is_id:  # a history of items without a table
             ids = _digest_of(fit.entities[source.entity])
         own = rows[feature.table_name] if feature.in_table else None, numbers.get(feature.name)
         field_hashes[feature.name] = hash_of([ids, own, feature.multi_valued])

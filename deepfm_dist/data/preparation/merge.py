@@ -1,4 +1,4 @@
-"""One numbering of all readers' texts."""
+"""Merges the readers' vocabularies into one numbering."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,7 +13,7 @@ from deepfm_dist.data.jagged import Int32Array, Int64Array, offsets_of
 from deepfm_dist.data.preparation.crew import Crew
 
 CodeMap = dict[str, Int32Array]
-"""For each vocabulary: the new codes of a reader's codes, and a last element -1 for no value."""
+"""By vocabulary: maps a reader's codes to new codes; the last element is -1 for no value."""
 _Texts = tuple[pa.Array, Hashes]
 """A reader's texts by its codes, and their hashes."""
 
@@ -21,11 +21,11 @@ _Texts = tuple[pa.Array, Hashes]
 def merge_vocabularies(
     from_readers: Sequence[dict[str, Codes]], crew: Crew
 ) -> tuple[dict[str, pa.Array], list[CodeMap]]:
-    """Numbers texts in the order of their hashes, whoever met them first. First thread.
+    """Numbers texts in the order of their hashes, independent of the readers. First thread.
 
     Args:
-        from_readers: each reader's texts by vocabulary, which are emptied.
-        crew: whose threads share the hashes.
+        from_readers: each reader's texts by vocabulary; emptied.
+        crew: its threads divide the hashes.
 
     Returns:
         The texts of each vocabulary by their new codes, and every reader's new codes.
@@ -51,18 +51,18 @@ def merge_vocabularies(
 def _merge_range(
     readers: Sequence[_Texts], n: int, which: int
 ) -> tuple[pa.Array, list[tuple[Int64Array, Int32Array]]]:
-    """The texts of all readers whose hashes lie in one of ``n`` equal ranges.
+    """Merges the readers' texts with hashes in one of ``n`` equal ranges.
 
     Returns:
-        The texts in the order of `hash_order`, each once; and for every reader, the codes of its
-        texts in the range and their places.
+        The distinct texts in `hash_order`; and for each reader, the codes of its texts in the range
+        and their indices.
     """
     own = [np.flatnonzero(_range_of(hashes, n) == which) for _, hashes in readers]
     texts = pa.concat_arrays([t.take(pa.array(o)) for (t, _), o in zip(readers, own, strict=True)])
     hashes = np.concatenate([h[o] for (_, h), o in zip(readers, own, strict=True)])
     order = hash_order(texts, hashes)
     is_first = np.ones(len(order), bool)
-    again = 1 + np.flatnonzero(np.diff(hashes[order]) == 0)  # a collision is not the same text
+    again = 1 + np.flatnonzero(np.diff(hashes[order]) == 0)  # equal hashes of different texts
     is_first[again] = ~equal_texts(texts, order[again], order[again - 1])
     place = np.empty(len(order), np.int32)
     place[order] = np.cumsum(is_first, dtype=np.int32) - 1
@@ -72,5 +72,5 @@ def _merge_range(
 
 
 def _range_of(hashes: Hashes, n: int) -> npt.NDArray[np.uint64]:
-    """``[m]`` in ``[0, n)``, ascending as the hashes do."""
+    """``[m]`` ranges in ``[0, n)``, in the order of the hashes."""
     return ((hashes >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32)

@@ -1,4 +1,4 @@
-"""The rows by partition, in one numbering of all readers' texts."""
+"""The partitions of all readers' rows, in one numbering of texts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -36,25 +36,26 @@ from deepfm_dist.data.times import BILLION, scaled
 from deepfm_dist.seeding import derive_seed
 
 CodedTables = Callable[[int], Sequence[tuple[pa.Table, CodeMap]]]
-"""The rows of a partition as their readers have coded them, at least one table, which may be empty;
-with each, its reader's codes in one numbering of all."""
+"""A partition's rows as coded by each reader (at least one table, possibly empty), with the map
+from the reader's codes to the common numbering.
+"""
 
 
 class Partitions:
-    """The rows that all readers have read, one partition at a time.
+    """Loads the rows of all readers, one partition at a time.
 
-    All threads share it, each loading partitions of its own.
+    Shared by all threads; each loads different partitions.
 
     Args:
         job: the preparation.
-        tables: gives the rows of a partition.
-        ids: texts of each vocabulary by code, in the order of their hashes. A task of a cluster has
-            the users of its own partition alone.
-        side_files: fields in files of their own.
-        time_scale: what times are multiplied by to make whole numbers of all of them.
-        in_memory: whether what later steps want of a partition stays in memory: there is one
-            partition, or just one is asked for.
-        hashes: of the ids, as far as they are known; see `hashes`.
+        tables: returns the rows of a partition.
+        ids: texts of each vocabulary by code, in the order of their hashes. A cluster task has only
+            the users of its partition.
+        side_files: fields in separate files.
+        time_scale: factor that makes all times integers.
+        in_memory: whether data for later steps is kept in memory, because there is only one
+            partition.
+        hashes: of the ids, as far as known; see `hashes`.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Partitions:
         self.ids, self.side_files, self.time_scale = ids, side_files, time_scale
         self._hashes = dict(hashes or {})
         self._first_user = np.zeros(job.n_partitions + 1, np.int64)
-        if "user" in job.entities:  # whose codes ascend as their hashes do
+        if "user" in job.entities:  # codes are in the order of hashes
             of_user = partitions_of(
                 buckets_of(self.hashes(entity_key("user"))[:-1]), job.n_partitions
             )
@@ -84,7 +85,7 @@ class Partitions:
 
     @classmethod
     def from_readers(cls, job: Job, readers: Sequence[ThreadReader]) -> "Partitions":
-        """The partitions of all threads' rows; empties the readers' vocabularies."""
+        """Merges all threads' rows; empties the readers' vocabularies."""
         first, spills = readers[0], [r.coder.spill for r in readers]
         no_rows = pa.Table.from_batches([first.coder.no_rows()])
         ids, maps = merge_vocabularies([r.coder.codes for r in readers], job.crew)
@@ -104,14 +105,14 @@ class Partitions:
         return np.arange(*self._first_user[p : p + 2], dtype=np.int32)
 
     def save_array(self, p: int, name: str, array: npt.NDArray[Any]) -> None:
-        """Puts aside what a later step wants to know of a partition."""
+        """Saves an array of a partition for a later step."""
         if self._in_memory:
             self._kept[name] = array
         else:
             np.save(self._job.spill(f"{name}-{p}.npy"), array)
 
     def load_array(self, p: int, name: str) -> Any:
-        """What has been put aside."""
+        """Loads a saved array."""
         if self._in_memory:
             return self._kept[name]
         return np.load(self._job.spill(f"{name}-{p}.npy"), mmap_mode="r")
@@ -128,7 +129,7 @@ class Partitions:
         return {column: self.hashes(name) for column, name in coded_columns(self._job).items()}
 
     def load(self, p: int) -> PartitionRows:
-        """A partition without repeated rows, in order, and with its fixed negatives."""
+        """Loads a partition: ordered, without repeated rows, with fixed negatives."""
         if self._cached is not None:
             return self._cached
         part, data = self._spilled(p), self._job.data
@@ -154,16 +155,16 @@ class Partitions:
             low_parts = None if part.low is None else self.load_array(p, "assigned low")
             part = part.assigned(self.load_array(p, "assigned"), low_parts)
         part = replace(part, users=self.users(p), time_scale=self.time_scale)
-        if self._in_memory:  # several rounds go over it
+        if self._in_memory:  # it is loaded several times
             self._cached = part
         return part
 
     def leave_out(self, p: int, keep: npt.NDArray[np.bool_]) -> None:
-        """Has `load` give only some of the rows that it gives now; those with low ratings stay.
+        """Restricts `load` to a subset of rows; rows with low ratings stay.
 
         Args:
             p: the partition.
-            keep: ``[n]`` which ones.
+            keep: ``[n]`` selects rows.
         """
         if self._cached is not None:
             self._cached = self._cached.keeping(keep)
@@ -175,7 +176,7 @@ class Partitions:
         self._trimmed.add(p)
 
     def assign(self, p: int, parts: SplitIds, low_parts: SplitIds | None) -> None:
-        """Has `load` say from now on where the rows of a partition belong, as a file may say it.
+        """Assigns splits to a partition's rows for later calls of `load`.
 
         Args:
             p: the partition.
@@ -191,10 +192,10 @@ class Partitions:
         self._assigned.add(p)
 
     def _in_order(self, part: PartitionRows, p: int) -> tuple[PartitionRows, Int64Array]:
-        """Rows with their keys, without repeated ones, and where each was among all."""
+        """Rows with their keys, without repeated ones, and their original indices."""
         rule, seed, hashes = self._job.data.repeated, self._job.seed, self._cell_hashes
         every = np.arange(len(part))
-        if rule != "all":  # what else a row says does not move it to another split
+        if rule != "all":  # other cells of a row do not affect its split
             keys = self._pair_keys(part)
         else:
             keys = content_hashes(part.columns, every, hashes, derive_seed(seed, "split"))
@@ -211,7 +212,7 @@ class Partitions:
             self._of_repeated[p] = int((~keep).sum()), tied
             if not keep.all():
                 part, keys, order = part.where(keep), keys[keep], order[keep]
-        elif again.any():  # rows with the same contents do not all go to the same split
+        elif again.any():  # rows with equal contents are divided among splits
             equal = np.flatnonzero(again)
             number = occurrences(again)[equal].astype(np.uint64)
             own = keys[equal]
@@ -236,7 +237,7 @@ class Partitions:
         return part
 
     def _united(self, table: pa.Table, code_map: CodeMap) -> PartitionRows:
-        """Rows that one reader has coded, in the numbering of all."""
+        """A reader's rows, recoded to the common numbering."""
         n = table.num_rows
         columns: dict[str, Any] = {
             "label": np.ones(n, np.int8),
@@ -271,7 +272,7 @@ class Partitions:
         there = drawn >= 0
         there[np.setdiff1d(np.arange(len(members)), with_positives)] = False
         users = np.repeat(members, there.sum(axis=1))
-        # The schema allows no times and no other fields in the rows.
+        # The schema allows neither times nor other fields in these rows.
         columns = {
             "user": users,
             "item": drawn[there],
@@ -291,7 +292,7 @@ class Partitions:
 def mapped_side_files(
     job: Job, side_files: Mapping[str, SideFile], code_map: CodeMap
 ) -> dict[str, SideFile]:
-    """Fields of files of their own with the codes of one numbering of all."""
+    """Recodes fields in separate files to the common numbering."""
     tables = {f.name: f.table_name for f in job.data.features if f.has_vocabulary}
     return {
         name: replace(side, values=_mapped(side.values, code_map[tables[name]]))
@@ -302,7 +303,7 @@ def mapped_side_files(
 
 
 def _mapped(values: Values, code_map: Int32Array) -> Values:
-    """Codes in another numbering; -1 stays: it finds the map's last element."""
+    """Maps codes to another numbering; -1 is kept, as it indexes the map's last element."""
     if isinstance(values, Jagged):
         return Jagged(values.offsets, code_map[values.values])
     return code_map[values]

@@ -1,4 +1,4 @@
-"""Who takes part: rare items and users are dropped, and some users are held out entirely."""
+"""Drops rare items and users, and holds out whole users."""
 
 from dataclasses import dataclass, replace
 
@@ -38,18 +38,18 @@ def drops_users(job: Job) -> bool:
 
 
 def holds_out_users(job: Job) -> bool:
-    """Whether users are held out entirely."""
+    """Whether whole users are held out."""
     return job.data.split.method == "users" and not job.data.refit
 
 
 @dataclass(frozen=True)
 class Population:
-    """Who takes part, as far as it is known yet.
+    """The criteria for the rows that remain, as far as known.
 
     Attributes:
         item_rows: ``[items]`` rows of all partitions, if rare items are dropped.
         bounds: of `UserKeys`, if users are held out.
-        trained_rows: ``[items]``: training rows per item after users are held out.
+        trained_rows: ``[items]`` training rows per item after users are held out.
     """
 
     item_rows: Int64Array | None = None
@@ -59,7 +59,7 @@ class Population:
     def select(
         self, job: Job, part: PartitionRows, hashes: Hashes
     ) -> tuple[PartitionRows, SplitIds | None]:
-        """The rows of a partition that stay, with their splits, and the splits of its users.
+        """The remaining rows of a partition with their splits, and the splits of its users.
 
         Args:
             job: the preparation; it counts dropped rows.
@@ -81,7 +81,7 @@ class Population:
         return part, user_parts
 
 
-# Of one partition.
+# Functions of one partition.
 
 
 def item_counts(part: PartitionRows, n_items: int, user_parts: SplitIds | None) -> Int64Array:
@@ -116,10 +116,10 @@ def rows_of_frequent_users(job: Job, part: PartitionRows) -> Mask:
 
 @dataclass(frozen=True)
 class UserKeys:
-    """By what users are dealt to the splits.
+    """The keys that assign users to splits.
 
     Attributes:
-        users: ``[m]`` places of the partition's users with two rows or more.
+        users: ``[m]`` indices of the partition's users with at least two rows.
         keys: ``[m]`` int64 hashes of their ids.
     """
 
@@ -128,7 +128,7 @@ class UserKeys:
 
     @classmethod
     def of_partition(cls, job: Job, part: PartitionRows, hashes: Hashes) -> "UserKeys":
-        """Those of a partition, whose users' ids have some hashes."""
+        """The keys of a partition, given the hashes of its users' ids."""
         rows = np.bincount(part["local"], minlength=len(part.users))
         users = np.flatnonzero(rows >= 2)
         return cls(users, seeded(hashes[users], derive_seed(job.seed, "users")).view(np.int64))
@@ -141,7 +141,7 @@ class UserKeys:
 
 
 def check_some_are_trained(job: Job, n_users: int) -> None:
-    """Makes sure that some of the users with two rows or more are not held out.
+    """Checks that some users with at least two rows are not held out.
 
     Raises:
         DataError: no user is left for training.
@@ -159,7 +159,7 @@ def check_some_are_trained(job: Job, n_users: int) -> None:
 def rows_that_can_be_ranked(
     job: Job, part: PartitionRows, user_parts: SplitIds, trained_rows: Int64Array
 ) -> Mask:
-    """``[n]`` rows that stay: of held-out users, those of trained items, if these are two or more.
+    """``[n]`` rows to keep: held-out users need at least two rows of trained items.
 
     Args:
         job: the preparation; it counts dropped rows.
@@ -179,7 +179,7 @@ def rows_that_can_be_ranked(
 def user_splits(
     job: Job, part: PartitionRows, user_parts: SplitIds
 ) -> tuple[SplitIds, SplitIds | None]:
-    """Where rows go, and those with low ratings, when users have been dealt to the splits."""
+    """Splits of rows, and of those with low ratings, given the users' splits."""
     parts = user_parts[part["local"]]
     at = np.flatnonzero(parts != TRAIN)
     known = fold_in(
@@ -188,7 +188,7 @@ def user_splits(
     parts[at] = known
     if part.low is None:
         return parts, None
-    # Those of held-out users are left out, as in the literature.
+    # Low ratings of held-out users are dropped, as in the literature.
     is_trained = user_parts[part.low["local"]] == TRAIN
     return parts, np.where(is_trained, TRAIN, FOLD_IN).astype(np.int8)
 
@@ -197,7 +197,7 @@ def _n_left_out(keep: Mask) -> int:
     return int((~keep).sum())
 
 
-# Of all partitions, by threads.
+# Functions over all partitions, run by threads.
 
 
 def drop_rare(job: Job, partitions: Partitions) -> None:
@@ -216,12 +216,12 @@ def drop_rare(job: Job, partitions: Partitions) -> None:
 
 
 def hold_out_users(job: Job, partitions: Partitions) -> None:
-    """Says of every row where it goes under ``split.method=users``. All threads.
+    """Assigns all rows to splits under ``split.method=users``. All threads.
 
-    Users are dealt to the splits by a hash of their id. Of a held-out user, rows of items without
-    training rows are dropped; of the others a share is known (`manifest.FOLD_IN`), the rest is held
-    out. Users with a single row are not held out, and those who are left with one are dropped.
-    What they have rated low is neither known nor masked.
+    Users are assigned to splits by a hash of their id. A held-out user's rows of items without
+    training rows are dropped; a share of the others is known (`manifest.FOLD_IN`), the rest is held
+    out. Users with a single row are not held out, and those left with one are dropped. Their
+    low-rated items are neither known nor masked.
 
     Raises:
         DataError: no user is left for training.
@@ -233,7 +233,7 @@ def hold_out_users(job: Job, partitions: Partitions) -> None:
         part = partitions.load(p)
         hashes = partitions.hashes(entity_key("user"))[part.users]
         keys = UserKeys.of_partition(job, part, hashes)
-        partitions.save_array(p, "user keys", keys.keys)  # where there are many, on disk
+        partitions.save_array(p, "user keys", keys.keys)  # on disk if there are many
         of_partition[p] = replace(keys, keys=partitions.load_array(p, "user keys"))
     n_own = sum(len(keys.users) for keys in of_partition.values())
     n_users = int(job.crew.add_up(np.array([n_own]))[0])
@@ -257,7 +257,7 @@ def hold_out_users(job: Job, partitions: Partitions) -> None:
 
 
 def _item_counts(job: Job, partitions: Partitions, user_parts: str | None) -> Int64Array:
-    """`item_counts` of all partitions, with arrays that are kept by name. All threads."""
+    """`item_counts` of all partitions, using saved arrays by name. All threads."""
     n_items = len(partitions.ids[entity_key("item")])
     counts = np.zeros(n_items, np.int64)
     for p in job.own_partitions:

@@ -1,4 +1,4 @@
-"""Input files -> coded rows, dealt to partitions."""
+"""Reads input files into coded, partitioned rows."""
 
 import logging
 from collections import Counter
@@ -50,20 +50,20 @@ from deepfm_dist.messages import plural
 
 log = logging.getLogger(__name__)
 _MOST_FILES = 1000
-"""Files that are searched for a column which one of them lacks."""
+"""Maximum number of files searched for a column that another lacks."""
 _IMPRESSIONS = 1 << 14  # at a time: some hundred thousand rows
 
 
 @dataclass
 class SideFile:
-    """A field of users or items in a file of its own: the file's ids, and their values."""
+    """A field of users or items in a separate file: ids and values."""
 
     keys: pa.Array
     values: Values
 
 
 class _Stream:
-    """One file of rows, which threads read in turns."""
+    """A file of rows that threads read in turns."""
 
     def __init__(self, job: Job, number: int) -> None:
         self.number, self.lock, self.is_over = number, Lock(), False
@@ -83,10 +83,10 @@ class _Stream:
 
 
 class _Queue:
-    """The files of rows, from which every thread takes batches until none is left.
+    """The files of rows; threads take batches until none is left.
 
-    Each thread reads a file that no other one is reading, where there is one; what it has read, it
-    codes while another thread continues with the file.
+    Each thread prefers a file that no other thread is reading. While it encodes a batch, another
+    thread may continue with the file.
     """
 
     def __init__(self, job: Job, bar: Any) -> None:
@@ -109,7 +109,7 @@ class _Queue:
                 yield stream, batch
 
     def _cut(self, stream: _Stream, batch: pa.RecordBatch | None) -> pa.RecordBatch | None:
-        """The rows of a batch that are still to be read of the files of its setting."""
+        """Cuts a batch to the rows still wanted from the files of its setting."""
         if batch is None or self._limit is None:
             return batch
         batch = batch.slice(0, self._limit - self._n_read[stream.setting])
@@ -121,14 +121,14 @@ class _Queue:
 
 @dataclass
 class ReadFacts:
-    """What a reader of rows has met.
+    """Facts collected by a reader of rows.
 
     Attributes:
-        kept: by `label_of` the files' setting: rows, and those that are trained on, which are all
-            but those rated below ``min_rating``.
-        times: what the rows' times are like, if they have times.
-        dropped: rows left out, by reason.
-        clocks: what other times are like that fields derive something from, by field.
+        kept: by `label_of` the files' setting: number of rows, and of rows not rated below
+            ``min_rating``.
+        times: statistics of the rows' times, if they have times.
+        dropped: number of dropped rows, by reason.
+        clocks: statistics of other times that fields derive values from, by field.
     """
 
     kept: dict[str, Int64Array]
@@ -138,7 +138,7 @@ class ReadFacts:
 
     @classmethod
     def zeros(cls, job: Job) -> "ReadFacts":
-        """Nothing has been read yet."""
+        """Empty facts."""
         time = job.data.interactions.time
         kept = {name: np.zeros(2, np.int64) for _, name, _ in job.inputs}
         return cls(kept, None if time is None else TimeColumn(time), Counter())
@@ -155,15 +155,15 @@ class ReadFacts:
         return ReadFacts(kept, times, self.dropped + other.dropped, clocks)
 
     def add_clock(self, feature: Feature, cells: pa.Array, file: str) -> None:
-        """Takes in the cells of a field that derives something from times."""
+        """Adds the cells of a field that derives values from times."""
         clock = self.clocks.setdefault(feature.name, _clock_of(feature))
         clock.add(times_of(cells, feature), file)
 
     def check(self, job: Job) -> None:
-        """Reports what all readers together have met.
+        """Checks and reports the joined facts of all readers.
 
         Raises:
-            DataError: a setting's files leave no row, or times are of two notations.
+            DataError: no row of a setting's files is left, or times mix two notations.
         """
         for name, (n_rows, n_positive) in self.kept.items():
             _check_some_have_rows(job, name, self.dropped[_without_rows(name)])
@@ -203,16 +203,16 @@ def _warn_of(times: TimeColumn) -> None:
 
 
 class RowCoder:
-    """Codes rows and deals them to partitions: for one thread, or for one task of a cluster.
+    """Encodes and partitions rows, for one thread or one cluster task.
 
     Args:
         job: the preparation.
-        spill: takes the rows by partition.
+        spill: receives the rows by partition.
 
     Attributes:
-        codes: this reader's numbers of the texts of each vocabulary.
-        spill: its rows, with these numbers.
-        facts: what it has met.
+        codes: this reader's codes of each vocabulary's texts.
+        spill: its coded rows.
+        facts: about its input.
     """
 
     def __init__(self, job: Job, spill: Spill) -> None:
@@ -222,7 +222,7 @@ class RowCoder:
         self._clocks = _other_times(job)
 
     def add(self, batch: pa.RecordBatch, number: int) -> None:
-        """Takes in rows of the file of a number among ``job.inputs``."""
+        """Adds rows of a file, given by its index in ``job.inputs``."""
         file, name, part = self._job.inputs[number]
         if self.facts.times is not None:
             self.facts.times.add(batch["time"], file.name)
@@ -238,7 +238,7 @@ class RowCoder:
             self.facts.kept[name] += np.array([n, n_positive])
 
     def _pieces(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-        """The batch; of impressions a row for each item, which take many times its memory."""
+        """The batch in pieces: expanded impressions take many times its memory."""
         if self._job.data.interactions.impressions is None:
             yield batch
             return
@@ -246,7 +246,7 @@ class RowCoder:
             yield exploded(batch.slice(begin, _IMPRESSIONS))
 
     def _labelled(self, batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
-        """The rows that have a label, if there are several; the others are counted."""
+        """With several labels, the rows that have any; counts the others."""
         targets = self._job.data.interactions.labels
         if not targets:
             return batch
@@ -260,7 +260,7 @@ class RowCoder:
         return batch.filter(pa.array(labelled))
 
     def no_rows(self) -> pa.RecordBatch:
-        """None, in the columns of the spill."""
+        """An empty table with the columns of the spill."""
         columns = row_columns(self._job.data, with_split=True)
         empty = {c.key: pa.array([], c.arrow_type) for c in columns}
         batch = pa.RecordBatch.from_pydict(empty)
@@ -269,7 +269,7 @@ class RowCoder:
         return self._coded(batch, OPEN)
 
     def _coded(self, batch: pa.RecordBatch, part: int) -> pa.RecordBatch:
-        """The columns that later steps need, ids and texts as codes."""
+        """The columns for later steps, with ids and texts as codes."""
         data, n = self._job.data, batch.num_rows
         spec, split = data.interactions, data.split
         columns: dict[str, pa.Array] = {}
@@ -310,7 +310,7 @@ class RowCoder:
         )
 
     def _buckets(self, columns: Mapping[str, pa.Array], n: int) -> npt.NDArray[np.int16]:
-        """Buckets of rows without users: by a hash of their cells."""
+        """Buckets of rows without users, by a hash of their cells."""
         hashes = {
             column: np.append(self.codes[name].hashes, np.uint64(0))
             for column, name in coded_columns(self._job).items()
@@ -319,7 +319,7 @@ class RowCoder:
         return buckets_of(content_hashes(values, np.arange(n), hashes)).astype(np.int16)
 
     def _partitions(self, rows: pa.RecordBatch) -> npt.NDArray[np.integer]:
-        """Partition of each row: by the bucket of its user, else by its own."""
+        """Partition of each row, by the bucket of its user or else its own."""
         n, n_partitions = rows.num_rows, self._job.n_partitions
         if n_partitions == 1:
             return np.zeros(n, np.int32)
@@ -330,12 +330,11 @@ class RowCoder:
 
 
 class ThreadReader:
-    """Reads files, a share of one thread. All threads.
+    """Reads one thread's share of the files. All threads.
 
     Attributes:
-        coder: this thread's rows and its numbers of their texts.
-        side_files: fields in files of their own; the first thread alone reads them.
-        time_scale: what times are multiplied by to make whole numbers of those of all threads.
+        coder: this thread's coded rows. side_files: fields in separate files; read by the first
+            thread only. time_scale: factor that makes the times of all threads integers.
 
     Raises:
         DataError: an input cannot be read or leaves no row.
@@ -363,12 +362,12 @@ class ThreadReader:
         if job.crew.is_first:
             together.check(job)
             job.dropped.update(together.dropped)
-        job.crew.gather(None)  # ends here if the check has failed
+        job.crew.gather(None)  # raises if the check failed
         self.time_scale = 1 if together.times is None else together.times.scale
 
 
 def _other_times(job: Job) -> list[Feature]:
-    """Fields of the rows that derive something from times, one for each column and its formats."""
+    """Row fields that derive values from times, one per column and its formats."""
     spec = job.data.interactions
     known = {(spec.time, spec.time_formats)}
     fields = []
@@ -381,17 +380,17 @@ def _other_times(job: Job) -> list[Feature]:
 
 
 def vocabularies_of_rows(job: Job) -> list[str]:
-    """Names of the vocabularies whose texts the input has, `entity_key` first."""
+    """Names of the vocabularies with texts in the input, `entity_key` first."""
     tables = {f.table_name for f in job.data.features if f.has_vocabulary and not f.is_id}
     return [*map(entity_key, job.entities), *sorted(tables)]
 
 
 def read_side_files(job: Job, codes: Mapping[str, Codes]) -> dict[str, SideFile]:
-    """The fields of users and items in files of their own, by name.
+    """Reads the fields of users and items in separate files, by name.
 
     Args:
         job: the preparation.
-        codes: of each vocabulary, added to.
+        codes: of each vocabulary; extended.
     """
     return {f.name: _side_file(job, f, codes) for f in job.data.features if f.file}
 
@@ -425,7 +424,7 @@ def _side_arrays(job: Job, feature: Feature, key: str) -> SideFile:
     """A field of vectors in NumPy files next to a file of ids."""
     assert feature.file is not None and feature.npy is not None and feature.dim is not None
     name = label_of(feature.npy)
-    ids = Column(key, required=False)  # an empty id keeps its place
+    ids = Column(key, required=False)  # an empty id keeps its row
     keys = side_table(job, label_of(feature.file), [ids])[key].combine_chunks()
     vectors, n_bad = read_vectors(
         job.files[name],
@@ -439,25 +438,25 @@ def _side_arrays(job: Job, feature: Feature, key: str) -> SideFile:
 
 
 def rows_path(job: Job, rank: int) -> Path:
-    """Where a rank spills its rows."""
+    """Path of a rank's spilled rows."""
     return job.spill(f"rows-{rank}.arrow")
 
 
 def side_table(job: Job, name: str, columns: Sequence[Column]) -> pa.Table:
-    """Some columns of a file of users or items."""
+    """Reads columns of a file of users or items."""
     dropped: Counter[str] = Counter()
     schema = pa.schema([(c.key, c.arrow_type) for c in columns])
     batches = [b for file in job.files[name] for b in _batches(job, file, name, columns, dropped)]
     _check_some_have_rows(job, name, dropped[_without_rows(name)])
     also_rows = name in {name_of_rows for _, name_of_rows, _ in job.inputs}
-    for reason, count in dropped.items():  # a file that several fields read counts once
+    for reason, count in dropped.items():  # count a file only once if several fields read it
         label = f"{reason}, read for users and items" if also_rows else reason
         job.dropped[label] = max(job.dropped[label], count)
     return pa.Table.from_batches(batches, schema)
 
 
 def row_batches(job: Job, number: int, dropped: Counter[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of a file of ``job.inputs``; dropped rows are counted."""
+    """Reads the rows of a file of ``job.inputs``; counts dropped rows."""
     file, name, part = job.inputs[number]
     return _batches(job, file, name, row_columns(job.data, with_split=part == OPEN), dropped)
 
@@ -465,7 +464,7 @@ def row_batches(job: Job, number: int, dropped: Counter[str]) -> Iterator[pa.Rec
 def _batches(
     job: Job, file: InputFile, name: str, columns: Sequence[Column], dropped: Counter[str]
 ) -> Iterator[pa.RecordBatch]:
-    """A file's rows; none, which is counted, if it is an empty one of many."""
+    """A file's rows; an empty file among several is skipped and counted."""
     layout, on_bad_row = job.data.files.get(file.pattern), job.data.on_bad_row
     try:
         yield from read_batches(
@@ -482,7 +481,7 @@ def _batches(
 
 
 def _other_file_with(column: str, job: Job, file: InputFile, name: str) -> InputFile | None:
-    """Another file of a setting that has a column."""
+    """Finds another file of the setting that has the column."""
     for other in job.files[name][:_MOST_FILES]:
         with suppress(DataError):
             layout = job.data.files.get(other.pattern)

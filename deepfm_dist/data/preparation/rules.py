@@ -1,10 +1,9 @@
-"""Where a row comes, and which of several stays: by what the rows say, never by where they stand.
+"""Order and deduplication of rows, by their contents and never by their position.
 
-Nothing here depends on the order of files and rows, on partitions or ranks. Rows get keys, which
-are seeded hashes of their users and items or of all of their cells, and stand in the order of these
-keys before any rule looks at them; where all that a rule compares is equal, the first row counts.
-Keys that are equal by chance are ordered by the cells themselves; rows whose cells are equal,
-too, are interchangeable.
+Nothing here depends on the order of files and rows, on partitions or ranks. Rows are sorted by
+keys, seeded hashes of user and item or of all cells, before any rule is applied; if a rule finds
+rows equal, the first one counts. Colliding keys are ordered by the cells; rows with equal cells are
+interchangeable.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,14 +37,14 @@ def words_of(values: Values, hashes: Hashes | None) -> Hashes:
     if hashes is not None:
         return hashes[values]
     numbers: npt.NDArray[Any] = np.asarray(values)
-    if numbers.dtype.kind == "f":  # 0.0 and -0.0 are one number, and so are all NaNs
+    if numbers.dtype.kind == "f":  # -0.0 and 0.0 are equal, and so are all NaNs
         numbers = np.where(np.isnan(numbers), np.nan, numbers + 0.0).astype(np.float64)
         return numbers.view(np.uint64)
     return numbers.astype(np.int64).view(np.uint64)
 
 
 def coded_columns(job: Job) -> dict[str, str]:
-    """The columns of a `PartitionRows` that hold codes, with the vocabularies of their texts."""
+    """The coded columns of a `PartitionRows`, with their vocabularies."""
     tables = {name: entity_key(name) for name in job.entities}
     return tables | {f"field {f.name}": f.table_name for f in job.row_fields if f.has_vocabulary}
 
@@ -56,7 +55,7 @@ def content_hashes(
     hashes: Mapping[str, Hashes],
     seed: int = 0,
 ) -> Hashes:
-    """A seeded hash of some rows' cells, without their times.
+    """A seeded hash of rows' cells, without times.
 
     Args:
         columns: as in a `PartitionRows`.
@@ -74,7 +73,7 @@ def content_hashes(
 
 
 def _content(columns: Mapping[str, Values]) -> list[str]:
-    """The columns that hold what a row says, its time left out."""
+    """The columns with a row's contents, without time."""
     return [name for name in sorted(columns) if name not in _NO_CONTENT]
 
 
@@ -88,18 +87,18 @@ def pair_keys(users: Hashes, items: Hashes, seed: int) -> Hashes:
 def row_order(
     part: PartitionRows, keys: Hashes, buckets: Int64Array, hashes: Mapping[str, Hashes], seed: int
 ) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
-    """The order of a partition's rows: by bucket, then by key, then by what they say.
+    """The order of a partition's rows: by bucket, key, then contents.
 
     Args:
         part: the rows in any order.
         keys: ``[n]`` of the rows.
         buckets: ``[n]``, see `job.buckets_of`.
-        hashes: see `words_of`, for each column that holds codes. Codes ascend as the hashes do.
+        hashes: see `words_of`, for each column that holds codes. Codes are in the order of hashes.
         seed: of the order of rows with equal keys.
 
     Returns:
-        ``[n]`` int64 row numbers, and ``[n]`` bool, which of them have the cells and the time of
-        the one before.
+        ``[n]`` int64 row numbers, and ``[n]`` bool: whether cells and time equal those of the
+        previous row.
     """
     words = buckets.astype(np.uint64) << np.uint64(64 - BUCKET_BITS) | keys >> np.uint64(
         BUCKET_BITS
@@ -125,7 +124,7 @@ def row_order(
 
 
 def _cells(part: PartitionRows, rows: Int64Array) -> list[npt.NDArray[Any]]:
-    """Some rows' times and cells as numbers and codes."""
+    """Times and cells of rows as numbers and codes."""
     words = [part["time"][rows]] if "time" in part else []
     for name in _content(part.columns):
         values = taken(part[name], rows)
@@ -135,7 +134,7 @@ def _cells(part: PartitionRows, rows: Int64Array) -> list[npt.NDArray[Any]]:
 
 
 def occurrences(again: npt.NDArray[np.bool_]) -> Int64Array:
-    """``[n]`` int64: how many rows before each one, without a gap, are equal to it."""
+    """``[n]`` int64: number of directly preceding rows that are equal."""
     places = np.arange(len(again))
     return places - np.maximum.accumulate(np.where(again, 0, places))
 
@@ -143,19 +142,19 @@ def occurrences(again: npt.NDArray[np.bool_]) -> Int64Array:
 def one_per_pair(
     part: PartitionRows, rule: Rule, hashes: Mapping[str, Hashes]
 ) -> tuple[npt.NDArray[np.bool_], int]:
-    """Which row of each (user, item) stays.
+    """Selects the row of each (user, item) to keep.
 
-    Rows that are given to an earlier split stay before those of a later one: what has been trained
-    on is no news in the test. Then the rule decides: ``latest`` and ``earliest`` by time, then by
-    strength; ``strongest`` by strength, then by time. Then the order of the rows does.
+    Rows given to an earlier split take precedence over a later one, so that training pairs are not
+    repeated in the test. Then the rule decides: ``latest`` and ``earliest`` by time, then strength;
+    ``strongest`` by strength, then time. Ties are decided by the order of the rows.
 
     Args:
-        part: rows of a partition; those of one user and item stand together.
-        rule: see there.
+        part: rows of a partition; those of one user and item are adjacent.
+        rule: ``data.interactions.repeated``.
         hashes: see `words_of`, for each column that holds codes.
 
     Returns:
-        ``[n]`` bool, and in how many pairs the order of rows chose between rows that differ.
+        ``[n]`` bool, and the number of pairs in which order decided between different rows.
     """
     begins = np.ones(len(part), bool)
     if len(part):
@@ -180,9 +179,9 @@ def one_per_pair(
 
 
 def _leading(keys: Sequence[npt.NDArray[Any]]) -> Int64Array:
-    """Places of the rows of each group (the first key) whose other keys are its least, ascending.
+    """Ascending indices of the rows in each group (the first key) with its smallest other keys.
 
-    All of them, where several rows are equal in every key.
+    If several rows are equal in every key, all of them.
     """
     order = np.lexsort(tuple(reversed(keys)))
     same = np.ones(len(order), bool)
@@ -202,20 +201,20 @@ def latest_rows(
     says: npt.NDArray[np.bool_],
     n: int,
 ) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
-    """The row that tells what a field says of each user or item.
+    """The row that provides a field's value for each user or item.
 
-    It is the latest that says something; of several at that time the one with the least word.
+    It is the latest row with a value; among several at that time, the one with the smallest word.
 
     Args:
         entities: ``[m]`` codes of users or items, in ``[0, n)``.
         times: ``[m]``.
-        words: ``[m]`` hash of each row's value, seeded.
+        words: ``[m]`` seeded hash of each row's value.
         says: ``[m]`` whether a row has a value.
         n: number of users or items.
 
     Returns:
-        ``[n]`` int64 row numbers, -1 where no row says anything; ``[n]`` bool, whether rows say
-        different things.
+        ``[n]`` int64 row numbers, -1 if no row has a value; ``[n]`` bool: whether rows have
+        different values.
     """
     latest: tuple[Int64Array, npt.NDArray[np.bool_]] = _latest_rows(entities, times, words, says, n)
     return latest

@@ -1,4 +1,4 @@
-"""Rows on their way: partitions of them, in memory or, where they are too many, on disk."""
+"""Partitioned rows between steps, in memory or spilled to disk."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +29,7 @@ class Spill:
         self._written = 0
 
     def add(self, batch: pa.RecordBatch, partitions: npt.NDArray[np.integer]) -> None:
-        """Appends rows, ``partitions [n]`` saying where each belongs; their order stays."""
+        """Appends rows to ``partitions [n]``, keeping their order."""
         if len(self.places) == 1:
             self._put(batch, 0)
             return
@@ -49,19 +49,19 @@ class Spill:
         self._writer.write_batch(batch)
 
     def close(self) -> None:
-        """Ends the writing."""
+        """Finishes writing."""
         if self._writer is not None:
             self._writer.close()
 
     def read(self, partition: int) -> list[pa.RecordBatch]:
-        """A partition's rows as they came."""
+        """A partition's rows in the order in which they were added."""
         if self.path is None:
             return [self._in_memory[i] for i in self.places[partition]]
         return read_spilled(self.path, self.places[partition])
 
 
 def read_spilled(path: Path, places: Sequence[int]) -> list[pa.RecordBatch]:
-    """Some record batches of a `Spill`'s file, mapped into memory."""
+    """Memory-maps record batches of a `Spill`'s file."""
     if not places:
         return []
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -73,19 +73,17 @@ class PartitionRows:
     """The rows of a partition, in the order of `rules.row_order`.
 
     Attributes:
-        columns: ``[n]`` each: ``key`` int64, the hash that splits and order go by; ``user`` and
-            ``item`` int32 codes, and ``local`` int32, the user's place among the partition's
-            users, where there are any, else ``bucket`` int16; ``label`` int8, and of several
-            labels ``label:NAME`` int8, -1 where it is not known; ``given`` int8,
-            train, valid or test where the input says so, else -1; ``time`` int64, times
-            ``Manifest.time_scale``, and ``weight`` float32 where they are known;
-            ``field NAME``, raw numbers and codes of the fields that stand in
-            the rows.
-        low: the rows rated below ``min_rating``: what their users have seen, but nothing to learn
-            from; None where no ratings are read.
-        repeated: how many rows were dropped because another one has their user and item.
-        tied: of how many pairs a hash of the rows' cells chose the one that stays.
-        short: how many users have fewer unseen items than fixed negatives are wanted.
+        columns: ``[n]`` each: ``key`` int64, the hash used for splits and order; ``user`` and
+            ``item`` int32 codes, and ``local`` int32, the user's index among the partition's users,
+            or ``bucket`` int16 without users; ``label`` int8, and for several labels ``label:NAME``
+            int8, -1 if unknown; ``given`` int8, train, valid or test if given by the input, else
+            -1; ``time`` int64, multiplied by ``Manifest.time_scale``, and ``weight`` float32, if
+            known; ``field NAME``, raw numbers and codes of the fields in the rows.
+        low: the rows rated below ``min_rating``, which count as seen but are not trained on; None
+            if no ratings are read.
+        repeated: number of rows dropped as repeats of a user and item.
+        tied: number of pairs for which a hash chose the row to keep.
+        short: number of users with fewer unseen items than requested fixed negatives.
         users: codes of all users of the partition, ascending.
         time_scale: see `Manifest.time_scale`.
     """
@@ -109,33 +107,33 @@ class PartitionRows:
 
     @property
     def with_low(self) -> list["PartitionRows"]:
-        """These rows, and those that are only seen."""
+        """These rows with others that only count as seen."""
         return [self] if self.low is None else [self, self.low]
 
     def where(self, mask: npt.NDArray[np.bool_]) -> "PartitionRows":
-        """Some of the rows."""
+        """Selects rows."""
         if mask.all():
             return self
         return self.take(np.flatnonzero(mask))
 
     def keeping(self, mask: npt.NDArray[np.bool_]) -> "PartitionRows":
-        """The same partition with some of its rows; those with low ratings stay."""
+        """The same partition with a subset of its rows; rows with low ratings stay."""
         return replace(self, columns=self.take(np.flatnonzero(mask)).columns)
 
     def assigned(
         self, parts: npt.NDArray[np.int8], low_parts: npt.NDArray[np.int8] | None
     ) -> "PartitionRows":
-        """The same partition with its rows, and those with low ratings, given to splits."""
+        """The same partition with splits assigned to its rows and low-rated rows."""
         low = self.low
         if low is not None:
             low = replace(low, columns={**low.columns, "given": np.asarray(low_parts)})
         return replace(self, columns={**self.columns, "given": np.asarray(parts)}, low=low)
 
     def take(self, rows: npt.NDArray[np.integer]) -> "PartitionRows":
-        """Some of the rows, in another order."""
+        """Gathers rows by index."""
         return PartitionRows({name: taken(values, rows) for name, values in self.columns.items()})
 
     @classmethod
     def joined(cls, parts: Sequence["PartitionRows"]) -> "PartitionRows":
-        """The rows of all, one after the other."""
+        """Concatenates rows."""
         return cls({name: joined([p[name] for p in parts]) for name in parts[0].columns})

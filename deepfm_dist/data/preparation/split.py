@@ -1,4 +1,4 @@
-"""Which rows are held out: pure functions of the rows' order, users, times and the seed."""
+"""Split methods: pure functions of the rows' order, users, times and the seed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from deepfm_dist.data.schema import Split
 
 SplitIds = npt.NDArray[np.int8]
 SortKeys = tuple[Int64Array, ...]
-"""Sort keys of some rows, the most significant first."""
+"""Sort keys of rows, most significant first."""
 
 Bound = tuple[int, ...]
 """The keys of one row."""
@@ -23,7 +23,7 @@ DIGITS = 1 << _DIGIT_BITS
 
 
 def held_out_shares(split: Split) -> tuple[float, float]:
-    """How much goes to valid and to test where no file of its own is given for them."""
+    """The shares of valid and test; 0 if they have their own files."""
     return 0.0 if split.valid_file else split.valid, 0.0 if split.test_file else split.test
 
 
@@ -66,7 +66,7 @@ def fold_in(
     keys: Int64Array,
     parts: SplitIds,
 ) -> SplitIds:
-    """Which rows of held-out users these are known by: the first ones by key.
+    """Selects the known rows of held-out users: the first ones by key.
 
     Args:
         share: of each user's rows; at least one is held out, and at least one is not.
@@ -80,7 +80,7 @@ def fold_in(
     """
     offsets, order = grouped(users, n_users)
     sort_groups(offsets, order, keys)
-    # The least double below a whole number of rows counts as that number: 0.2 * 10 rows are 2.
+    # Rounds up products just below an integer: 0.2 * 10 rows are 2.
     n_held_out = np.floor((1 - share) * np.diff(offsets) + 1e-9).astype(np.int64)
     n_held_out = np.clip(n_held_out, 1, np.maximum(np.diff(offsets) - 1, 1))
     ends = np.repeat(offsets[1:], np.diff(offsets))
@@ -92,9 +92,9 @@ def fold_in(
 
 
 def split_at_bounds(keyed: SortKeys, bounds: tuple[Bound, Bound]) -> SplitIds:
-    """Random and temporal: the rows from a bound on are held out.
+    """Methods random and temporal: rows from a bound on are held out.
 
-    Rows that are equal to it in every key, which 64-bit hashes seldom are, stay together.
+    Rows equal in every key (rare for 64-bit hashes) stay together.
 
     Args:
         keyed: the rows' keys.
@@ -111,12 +111,12 @@ def split_at_bounds(keyed: SortKeys, bounds: tuple[Bound, Bound]) -> SplitIds:
 
 @dataclass(frozen=True)
 class Digit:
-    """A step of the search for a bound: how the next digits of the rows' keys are distributed.
+    """A step of the search for a bound: the histogram of the next digit of the rows' keys.
 
     Attributes:
-        bound: the bound's first keys, which are known.
-        prefix: the digits of its next key that are known.
-        shift: bits of that key behind the digit that is asked for.
+        bound: the known first keys of the bound.
+        prefix: the known digits of its next key.
+        shift: number of bits of that key after the requested digit.
     """
 
     bound: Bound
@@ -124,7 +124,7 @@ class Digit:
     shift: int
 
     def counts(self, keyed: SortKeys) -> Int64Array:
-        """``[2**16]``: by digit, how many rows have the keys and digits that are known."""
+        """``[2**16]``: by digit, the number of rows that match the known keys and digits."""
         same = np.ones(len(keyed[0]), bool)
         for keys, key in zip(keyed, self.bound, strict=False):
             same &= keys == key
@@ -137,15 +137,15 @@ class Digit:
 
 
 FIRST_DIGIT = Digit((), 0, 64 - _DIGIT_BITS)
-"""The first step of any search."""
+"""The first step of a search."""
 
 
 def split_bounds(
     split: Split, n: int, count: Callable[[Digit], Int64Array], n_keys: int = 2
 ) -> tuple[Bound, Bound]:
-    """Where the held-out rows begin, by their keys.
+    """The keys at which held-out rows begin.
 
-    Nothing is sorted: digit by digit, histograms say where the bound lies.
+    Found by radix selection without sorting: histograms narrow the bound down digit by digit.
 
     Args:
         split: the sizes, shares of ``n``.
@@ -169,7 +169,7 @@ def split_bounds(
 
 
 def _from_top(count: Callable[[Digit], Int64Array], bound: Bound, k: int) -> tuple[int, int]:
-    """The k-th largest next key of the rows with a bound's first keys, and how many are larger.
+    """The k-th largest next key of rows with a bound's first keys; number of larger ones.
 
     Args:
         count: see `split_bounds`.
@@ -204,13 +204,13 @@ def splits_by_time(
     other_times: Int64Array,
     n_users: int,
 ) -> SplitIds:
-    """Where other rows of the same users go under leave_last: by their time.
+    """Splits of other rows of the same users under leave_last, by time.
 
-    What lies before a user's first held-out row is known when it is predicted, and what lies at
-    its time or later is not.
+    Rows before a user's first held-out row are known when it is predicted; rows at its time or
+    later are not.
 
     Args:
-        parts: ``[n]`` of the rows that are split.
+        parts: ``[n]`` splits of the rows.
         users: ``[n]`` in ``[0, n_users)``.
         times: ``[n]``.
         other_users: ``[m]`` of the other rows.
@@ -232,7 +232,7 @@ def splits_by_time(
 def count_tied_users(
     parts: SplitIds, users: npt.NDArray[np.integer], times: Int64Array
 ) -> tuple[int, int]:
-    """Users whose held-out rows have the time of an earlier split's, and all with held-out rows."""
+    """Number of users whose held-out rows tie with earlier ones, and of all with any."""
     n_users = int(users.max(initial=-1)) + 1
     tied = np.zeros(n_users, bool)
     for part in (VALID, TEST):

@@ -1,4 +1,4 @@
-"""What looks wrong about the texts of a vocabulary."""
+"""Warns about suspicious texts in vocabularies."""
 
 import json
 
@@ -16,24 +16,24 @@ from deepfm_dist.messages import plural, short
 _NO_IDS = pa.array(
     ["null", "(null)", "nan", "none", "nil", "na", "n/a", "#n/a", "<na>", "nat", "undefined", r"\n"]
 )
-"""Ids, in lower case, that programs write where they have none."""
+"""Placeholders, in lower case, that programs write for missing ids."""
 
 _NEVER_IN_IDS = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x{FEFF}\x{FFFD}]"
-"""Control characters, the byte-order mark, and the sign of what could not be decoded."""
+"""Control characters, the byte-order mark, and the replacement character."""
 
 _ODD = rf"{SPELLED_OTHERWISE}|{_NEVER_IN_IDS}|[|;\[({{]|[eE]\+"
-"""Matches every id that one of the checks below may speak of."""
+"""Matches every id that one of the checks below may report."""
 
 
 def vocabulary_warnings(
     data: DataConfig, name: str, texts: pa.Array, counts: Int64Array
 ) -> list[str]:
-    """What looks wrong about the texts of one vocabulary.
+    """Warnings about the texts of one vocabulary.
 
     Args:
         data: the configuration.
         name: of the vocabulary.
-        texts: ``[n]`` string, each once.
+        texts: ``[n]`` distinct strings.
         counts: ``[n]`` their training rows.
     """
     warnings = [
@@ -61,7 +61,7 @@ def vocabulary_warnings(
 
 
 def _placeholders(data: DataConfig, entity: str, ids: pa.Array, counts: Int64Array) -> str | None:
-    """Ids that are words for a missing value in other programs."""
+    """Ids that are placeholders for a missing value in other programs."""
     words = pc.utf8_lower(pc.utf8_trim_whitespace(ids.cast(pa.string())))
     is_word = np.asarray(pc.is_in(words, value_set=_NO_IDS))
     if not is_word.any():
@@ -98,7 +98,7 @@ def _look_alikes(name: str, ids: pa.Array) -> str | None:
 
 
 def _outer_spaces(entity: str, ids: pa.Array, n: int) -> str | None:
-    """Most ids have spaces around them, as behind the commas of ``a, b, c``."""
+    """Most ids have surrounding spaces, as in ``a, b, c``."""
     spaced = ids.filter(pc.match_substring_regex(ids, r"^\s|\s$"))
     if len(spaced) == 0 or 2 * len(spaced) < n:
         return None
@@ -110,7 +110,7 @@ def _outer_spaces(entity: str, ids: pa.Array, n: int) -> str | None:
 
 
 def _control_characters(entity: str, ids: pa.Array, n: int) -> str | None:
-    """Ids with characters that damaged files have, or files of another encoding."""
+    """Ids with characters that suggest damage or a wrong encoding."""
     strange = ids.filter(pc.match_substring_regex(ids, _NEVER_IN_IDS))
     if len(strange) == 0:
         return None
@@ -122,7 +122,7 @@ def _control_characters(entity: str, ids: pa.Array, n: int) -> str | None:
 
 
 def _rounded_numbers(entity: str, ids: pa.Array, n: int) -> str | None:
-    """Ids as spreadsheets write long numbers, of which only the first digits are left."""
+    """Long numbers rounded by spreadsheets, such as 1.23E+15."""
     rounded = ids.filter(pc.match_substring_regex(ids, r"^\d(\.\d+)?[eE]\+\d{2}$"))
     if len(rounded) == 0:
         return None
@@ -162,7 +162,7 @@ def _two_spellings(name: str, odd: pa.Array, ids: pa.Array) -> str | None:
 
 
 def _all_rare(feature: Feature, counts: Int64Array) -> str | None:
-    """No value is frequent enough for a row of its own."""
+    """No value is frequent enough for a table row."""
     most = int(counts.max(initial=0))
     if not 0 < most < feature.min_count:
         return None
@@ -173,7 +173,7 @@ def _all_rare(feature: Feature, counts: Int64Array) -> str | None:
 
 
 def _nearly_missing(feature: Feature, texts: pa.Array) -> str | None:
-    """Values that are written otherwise than the words of ``missing``, and are kept."""
+    """Values similar to the words of ``missing``, which are kept."""
     if not feature.missing or feature.derive is not None:
         return None
     longest = max(map(len, feature.missing)) + len("'   '")
@@ -188,7 +188,7 @@ def _nearly_missing(feature: Feature, texts: pa.Array) -> str | None:
 
 
 def _list_literals(feature: Feature, ids: pa.Array) -> str | None:
-    """Values of a field of one value that are lists."""
+    """Lists in a single-valued field."""
     if feature.in_lists or feature.several is not None or feature.derive is not None:
         return None
     lists = list_literals(ids.cast(pa.string()))
@@ -203,9 +203,9 @@ def _list_literals(feature: Feature, ids: pa.Array) -> str | None:
 
 
 def _unsplit_values(feature: Feature, ids: pa.Array) -> str | None:
-    """Most values look like several, between separators that the field does not name.
+    """Most values look like several values with a separator that is not configured.
 
-    Commas do not count: too many names have them.
+    Commas are not considered: too many names contain them.
     """
     if feature.several is False or feature.derive is not None:
         return None

@@ -1,4 +1,4 @@
-"""Where the rows of each partition go: table rows, splits, lanes and groups."""
+"""The plan for writing partitions: table rows, splits, lanes and groups."""
 
 from dataclasses import dataclass, replace
 
@@ -12,27 +12,27 @@ from deepfm_dist.data.preparation.fitting import FitResult
 from deepfm_dist.data.preparation.job import Job, entity_key
 
 LANE_WINDOW_ROWS = 1 << 22
-"""Rows that all lanes together hold in memory when they are streamed."""
+"""Number of rows that all lanes together hold in memory when streaming."""
 
 
 @dataclass(frozen=True)
 class WritePlan:
-    """What writing the rows of any partition needs.
+    """Everything needed to write the rows of any partition.
 
-    A task of a cluster has only its own partition's users in ``row_of_code``, ``negative_user`` and
+    A cluster task has only its partition's users in ``row_of_code``, ``negative_user`` and
     ``trained``.
 
     Attributes:
         fitted: the tables' rows and the statistics.
-        first_of: for each split, ``[partitions + 1]``: number of rows in the partitions before.
-        lanes: streams that training rows are dealt to.
+        first_of: for each split, ``[partitions + 1]`` number of rows in preceding partitions.
+        lanes: number of streams of training rows.
         groups: groups of training rows, a multiple of ``lanes``.
         mean_weight: of the training rows.
-        negative_user: ``[users]``: whose history a user's negatives avoid, where some have no row
-            of their own; those are numbered from the end of the user table on, for the sampler
-            alone.
+        negative_user: ``[users]`` the user whose history a user's negatives avoid, if some users
+            have no table row; these are numbered from the end of the user table on, for the sampler
+            only.
         n_rare: number of these users.
-        trained: of users and items: ``[codes]`` bool, which have training rows.
+        trained: by entity, ``[codes]`` bool: whether they have training rows.
     """
 
     fitted: FitResult
@@ -46,7 +46,7 @@ class WritePlan:
 
     @classmethod
     def from_counts(cls, job: Job, counts: Counts, fitted: FitResult) -> "WritePlan":
-        """The plan that follows from the counts of all partitions."""
+        """Makes the plan from the counts of all partitions."""
         n_train = int(counts.rows[:, TRAIN].sum())
         lanes = job.data.lanes or _default_lanes(n_train)
         negative_user = _negative_users(job, counts, fitted)
@@ -64,11 +64,11 @@ class WritePlan:
 
     @property
     def cuts(self) -> Int64Array:
-        """Of the groups of training rows."""
+        """Cuts between groups of training rows."""
         return cuts_of(int(self.first_of[TRAIN][-1]), self.groups)
 
     def for_users(self, begin: int, end: int) -> "WritePlan":
-        """The same plan for the users with codes ``begin`` to ``end`` only."""
+        """The plan restricted to users with codes ``begin`` to ``end``."""
         cut = slice(begin, end)
         row_of_code, user = self.fitted.row_of_code, entity_key("user")
         users = np.append(row_of_code[user][:-1][cut], np.int32(0))

@@ -1,4 +1,4 @@
-"""Partitions -> train/, valid/ and test/ as table rows; vocabularies; users and items."""
+"""Writes train/, valid/ and test/ as table rows, vocabularies, and entity tables."""
 
 import logging
 from dataclasses import dataclass
@@ -54,18 +54,18 @@ from deepfm_dist.seeding import derive_seed
 log = logging.getLogger(__name__)
 HELD_OUT_GROUP_ROWS = 1 << 20
 _MOST_GROUP_ROWS, _GROUP_BYTES = 1 << 20, 1 << 30
-"""Rows of a group of an entity table, and about as many bytes, which are in memory at a time."""
+"""Rows per row group of an entity table, and approximate bytes in memory at a time."""
 
 
 @dataclass
 class WriteResult:
-    """What has been written: by a thread, or by a task of a cluster.
+    """Counts of written rows, by a thread or a cluster task.
 
     Attributes:
-        sums: of every file of rows, by its name.
-        rows: ``[splits]``, held-out negatives included.
-        sizes: ``[splits]``: what training needs of them, in bytes.
-        known: which held-out rows have users and items of the training rows.
+        sums: of every file of rows, by name.
+        rows: ``[splits]``, including held-out negatives.
+        sizes: ``[splits]`` bytes in memory, as needed for training.
+        known: counts of held-out rows with known users and items.
         labelled: ``[splits, targets, 2]``: rows with each label 0 and 1; no targets, if the rows
             have one label or none.
     """
@@ -78,7 +78,7 @@ class WriteResult:
 
     @classmethod
     def zeros(cls, job: Job) -> "WriteResult":
-        """Nothing yet."""
+        """Empty counts."""
         zeros = np.zeros(len(SPLITS), np.int64)
         labelled = np.zeros((len(SPLITS), len(job.data.interactions.labels), 2), np.int64)
         return cls({}, zeros, zeros.copy(), HeldOutIdCheck.zeros(job), labelled)
@@ -93,7 +93,7 @@ class WriteResult:
         )
 
     def splits(self, counts: Counts, data: DataConfig) -> dict[str, SplitSpec]:
-        """What the manifest says of the splits.
+        """The splits for the manifest.
 
         Raises:
             DataError: no training row has one of several labels.
@@ -126,7 +126,7 @@ def write_rows(
     """Writes the rows of all partitions. All threads.
 
     Raises:
-        DataError: no held-out row has a user or an item of the training rows.
+        DataError: no held-out row has a known user or item.
     """
     if job.crew.is_first:
         for name in SPLITS:
@@ -150,22 +150,22 @@ def write_rows(
 
 
 class PairSink(Protocol):
-    """Takes what users have met, as `HistoryWriter.add` does."""
+    """Receives users' items, like `HistoryWriter`."""
 
     def add(self, name: str, rows: npt.NDArray[np.integer], items: Int32Array) -> None:
-        """Takes ``[m]`` pairs of a row of users and an item."""
+        """Adds ``[m]`` pairs of a user row and an item."""
 
 
 class RowWriter:
-    """Writes the rows of partitions, a file of each split for each.
+    """Writes the rows of partitions, one file per partition and split.
 
     Args:
         job: the preparation.
-        plan: see there.
-        histories: takes what users have met.
+        plan: see `WritePlan`.
+        histories: receives users' items.
 
     Attributes:
-        written: what has been written.
+        written: counts of written rows.
     """
 
     def __init__(self, job: Job, plan: WritePlan, histories: PairSink) -> None:
@@ -176,7 +176,7 @@ class RowWriter:
         if self._sampled:
             self._unused["train"] = {"label"}
         self._not_trained_on = {"time"}
-        if job.data.interactions.labels:  # it only says which items a user took
+        if job.data.interactions.labels:  # it only identifies the user's items
             self._not_trained_on.add("label")
         self.written = WriteResult.zeros(job)
 
@@ -186,8 +186,8 @@ class RowWriter:
         Args:
             p: its number.
             part: its rows.
-            parts: where they go.
-            low_parts: where those go that are only seen.
+            parts: their splits.
+            low_parts: splits of rows that only count as seen.
         """
         job, written = self._job, self.written
         columns = self._columns(part)
@@ -195,7 +195,7 @@ class RowWriter:
         for split, name in enumerate(SPLITS):
             at, first = np.flatnonzero(parts == split), int(self._plan.first_of[split][p])
             used = {n: v for n, v in columns.items() if n not in self._unused[name]}
-            if split == TRAIN and "item" in used:  # a rare item is learned as the unknown one
+            if split == TRAIN and "item" in used:  # rare items train the unknown row
                 used["item"] = self._fitted.trained("item", used["item"])
             table = pa.table({n: to_arrow(taken(v, at)) for n, v in used.items()})
             cuts = self._cuts
@@ -220,7 +220,7 @@ class RowWriter:
             self._put_histories(p, part, parts, low_parts, columns)
 
     def _columns(self, part: PartitionRows) -> dict[str, Any]:
-        """What stands in the files, for all rows of a partition."""
+        """The columns of the files, for all rows of a partition."""
         columns: dict[str, Any] = {}
         for name in self._job.entities:
             columns[name] = self._fitted.row_of_code[entity_key(name)][part[name]]
@@ -230,7 +230,7 @@ class RowWriter:
             columns[name] = part[name].astype(np.float32)
         if "weight" in part:
             weights = part["weight"].astype(np.float64) / self._plan.mean_weight
-            least = float(np.finfo(np.float32).tiny)  # below it, float32 ends at 0
+            least = float(np.finfo(np.float32).tiny)  # smaller numbers underflow float32
             self._job.note(
                 f"rows whose weight is below {least:.1e} of the mean and counts as that",
                 int((weights < least).sum()),
@@ -245,11 +245,11 @@ class RowWriter:
         return columns
 
     def _known_items(self, part: PartitionRows) -> Jagged:
-        """What held-out negatives avoid: items of each user of a partition, from 0, ascending."""
+        """The items that held-out negatives avoid, by user of the partition: from 0, ascending."""
         n_users, known = len(part.users), []
         for rows in part.with_low:
             items = self._fitted.row_of_code[entity_key("item")][rows["item"]]
-            items = self._fitted.trained("item", items)  # no others are drawn
+            items = self._fitted.trained("item", items)  # no other items are drawn
             at = np.flatnonzero(items > 0)
             known.append(Jagged.from_pairs(rows["local"][at], items[at] - 1, n_users))
         return union(known)
@@ -262,7 +262,7 @@ class RowWriter:
         low_parts: SplitIds | None,
         columns: dict[str, Any],
     ) -> None:
-        """Puts aside what the users of a partition have met, by split."""
+        """Adds the items of a partition's users to the histories, by split."""
         users, items = columns.get(NEGATIVE_USER, columns["user"]), columns["item"]
         known = (users > 0) & (items > 0)
         positive = part["label"] == 1
@@ -272,10 +272,10 @@ class RowWriter:
         if "time" in part:
             liked = liked[_in_time_order(part, liked)]
         self._histories.add(HISTORY, users[liked], items[liked])
-        if folded_in.any():  # no file of rows has them
+        if folded_in.any():  # no file of rows has these
             table = pa.table({"user": users[folded_in], "item": items[folded_in]})
             self.written.sums[f"fold_in/part-{p:05d}"] = TableSum.of(table)
-        # A label of 0 is of a row that was shown, or of a fixed negative, which nobody has seen.
+        # A label of 0 marks a shown item, or a fixed negative, which was not seen.
         met = known & (positive | (self._job.data.task == "ctr"))
         for split, name in enumerate(SPLITS):
             at = np.flatnonzero(met & (parts == split) & ~((split == TRAIN) & in_history))
@@ -297,8 +297,8 @@ class RowWriter:
     ) -> pa.Table:
         """Held-out positives, each followed by its negatives.
 
-        Negatives are items of the table that the user has no row with, in any split. They go by the
-        key of the positive, wherever it stands.
+        Negatives are items of the table without a row of the user in any split. They depend on the
+        positive's key, not its position.
         """
         k = self._job.data.negatives.evaluation_per_positive
         n, n_items = len(users), self._fitted.rows["item"] - 1
@@ -324,7 +324,7 @@ class RowWriter:
 
 
 def _in_time_order(part: PartitionRows, rows: Int64Array) -> Int64Array:
-    """Places of some rows, user by user, each user's in time order."""
+    """Row indices sorted by user, then time."""
     local = part["local"][rows]
     offsets, order = grouped(local, int(local.max(initial=0)) + 1)
     sort_groups(offsets, order, part["time"][rows])
@@ -332,18 +332,18 @@ def _in_time_order(part: PartitionRows, rows: Int64Array) -> Int64Array:
 
 
 def carry(histories: PairSink, earlier: PreviousDataset, fit: Fitter) -> None:
-    """Puts aside what users met in an earlier dataset's splits, which is seen by now.
+    """Adds users' items from an earlier dataset's splits, which count as seen.
 
-    What it held out was not trained on.
+    Its held-out items are not training items.
     """
     before = earlier.dataset
     if before is None or not {"user", "item"} <= before.manifest.entities.keys():
         return
     row_now = np.arange(before.manifest.n_rows("item"), dtype=np.int32)
-    if n_cold := before.manifest.cold.get("item", 0):  # some of them may have rows of their own now
+    if n_cold := before.manifest.cold.get("item", 0):  # some of them may have table rows now
         row_now[-n_cold:] = fit.rows_of("item", before.entity_ids("item", cold=True)[-n_cold:])
     is_known = np.ones(before.manifest.entities["user"], bool)
-    if "item" in fit.lifetimes:  # their rows mean other items now
+    if "item" in fit.lifetimes:  # these rows belong to other items now
         row_now[fit.lifetimes["item"].reused] = 0
     if "user" in fit.lifetimes:
         is_known[fit.lifetimes["user"].reused] = False
@@ -358,10 +358,10 @@ def carry(histories: PairSink, earlier: PreviousDataset, fit: Fitter) -> None:
 def write_entities(
     job: Job, fit: Fitter, counts: Counts, histories: HistoryWriter, earlier: PreviousDataset
 ) -> dict[str, int]:
-    """Writes vocabularies and the tables of users and items. First thread.
+    """Writes vocabularies and entity tables. First thread.
 
     Returns:
-        `TableSum.crc` of the tables, except histories, which follow from the rows.
+        `TableSum.crc` of the tables without histories, which follow from the rows.
     """
     (job.folder / "vocabulary").mkdir()
     (job.folder / "entities").mkdir()
@@ -406,7 +406,7 @@ def write_entities(
 def _entity_table(
     job: Job, fit: Fitter, counts: Counts, earlier: PreviousDataset, name: str
 ) -> pa.Table:
-    """The table of users or items, without histories."""
+    """An entity table without histories."""
     vocabulary, lifetimes = fit.entities[name], fit.lifetimes.get(name)
     reused = np.zeros(0, np.int32) if lifetimes is None else lifetimes.reused
     columns = {"id": pa.concat_arrays([pa.nulls(1, pa.string()), vocabulary.ids])}
@@ -433,7 +433,7 @@ def _entity_table(
 
 
 def _cold_table(job: Job, fit: Fitter, name: str, ids: pa.Array) -> pa.Table:
-    """The table of cold items: the columns of the items that training knows, less their counts."""
+    """The table of cold items: the columns of the item table without counts."""
     columns = {"id": ids}
     for feature in job.data.features:
         if feature.name in fit.cold_values and feature.entity == name:
@@ -443,12 +443,12 @@ def _cold_table(job: Job, fit: Fitter, name: str, ids: pa.Array) -> pa.Table:
 
 
 def _carried(raw: Values, encoded: Values, before: Values, reused: Int32Array) -> Values:
-    """A user or item field, filled from the earlier dataset where the new one has no value.
+    """A user or item field; empty values are filled from the earlier dataset.
 
     Args:
-        raw: ``[rows]`` what the new one has.
-        encoded: the same as the model looks it up.
-        before: ``[earlier rows]`` likewise.
+        raw: ``[rows]`` raw values of the new dataset.
+        encoded: the same as model inputs.
+        before: ``[earlier rows]`` model inputs of the earlier dataset.
         reused: rows that belonged to another id before.
     """
     n = len(before)
@@ -478,7 +478,7 @@ def _titles(job: Job, fit: Fitter) -> pa.Array:
     )
     fit.check_join("item", titles.file, titles.key, table[key], "titles")
     rows, texts = fit.rows_of("item", table[key]), table[titles.column].combine_chunks()
-    # Of several titles the one with the least hash stays, wherever it stands.
+    # If an item has several titles, the one with the smallest hash is kept.
     known = np.flatnonzero((rows > 0) & np.asarray(texts.is_valid()))
     order = known[np.lexsort((hash_texts(texts)[known], rows[known]))]
     owners, first = np.unique(rows[order], return_index=True)
@@ -488,10 +488,10 @@ def _titles(job: Job, fit: Fitter) -> pa.Array:
 
 
 def _write_groups(table: pa.Table, path: Path, cuts: Int64Array, first: int) -> None:
-    """Writes rows ``first`` and those behind it of a split, cut at some of its row numbers."""
+    """Writes rows of a split from ``first`` on, in row groups cut at given row numbers."""
     inside = cuts[(cuts > first) & (cuts < first + table.num_rows)] - first
     ends = np.unique(np.concatenate([[0], inside, [table.num_rows]]))
-    # Few values repeat within a group: a dictionary of them costs more than it saves.
+    # Few values repeat within a group, so a dictionary would cost more than it saves.
     how = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
     with pq.ParquetWriter(path, table.schema, **how) as writer:
         for begin, end in pairwise(ends):
