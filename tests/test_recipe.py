@@ -14,6 +14,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest, SplitSpec, TableSpec
 from deepfm_dist.distributed.checkpoint import Saved, complete_steps, find_checkpoint, read_state
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.interop import linear
 from deepfm_dist.jobs import finish
 from deepfm_dist.jobs.combine import combine
 from deepfm_dist.jobs.evaluate import evaluate
@@ -356,8 +357,15 @@ def _continues_and_makes_what_is_missing(
         train(load_config(SAMPLE, [*settings, "model.embedding_dim=16"]))
 
 
-def test_the_end_is_the_same_on_two_ranks(tmp_path: Path) -> None:
-    """Without validation rows: training items take their place until the last training."""
+def test_the_end_is_the_same_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without validation rows: training items take their place until the last training.
+
+    A small log has few of them, and the search is cross-validated.
+    """
+    monkeypatch.setattr(finish, "FEW_POSITIVES", 10**9)
+    monkeypatch.setattr(finish, "CUTS", 2)
+    for grid in (("L2", (200.0,)), ("FIELD_WEIGHTS", (0.0, 2.0)), ("COLUMNS", (64,))):
+        monkeypatch.setattr(linear, *grid)
     found = []
     for size in (1, 2):
         roots = [f"run.prepared_root={tmp_path / 'data'}", f"run.runs_root={tmp_path / str(size)}"]
@@ -371,6 +379,7 @@ def test_the_end_is_the_same_on_two_ranks(tmp_path: Path) -> None:
     assert selected["trainer.hold_out"] == "there are no validation rows"
     both, without = _ndcg(selected["model.linear"])
     assert both > without + 0.1  # the trained part has taken two steps
+    assert re.search(r": cross-validated NDCG@10 0\.\d+, 0", selected["model.linear"])
     assert refit["trainer.refit_best"].endswith("epochs of all training rows, as were best without")
 
 

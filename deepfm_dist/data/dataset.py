@@ -121,18 +121,18 @@ class PreparedDataset:
         self._whole: Self | None = None
 
     def holding_out(self, held_out: Jagged) -> Self:
-        """The same dataset with some training items held out for validation.
+        """The same dataset with some of the users' known items held out for validation.
 
         `with_validation` undoes it.
 
         Args:
-            held_out: each user's training items to use for validation.
+            held_out: each user's items of `history` to use for validation.
         """
         cut = copy(self)
         for name in ("history", "training_history"):  # cached values of the full dataset
             cut.__dict__.pop(name, None)
-        cut.__dict__["_train_history"] = _without(self._train_history, held_out)
-        cut.held_out, cut._whole = held_out, self
+        cut.__dict__["_train_history"] = _without(self.history, held_out)
+        cut.held_out, cut._whole, cut.past = held_out, self, ("train",)
         return cut
 
     @property

@@ -2,13 +2,15 @@
 
 What is trained and EASE know different things, and in one FM their scores add up. How strong EASE's
 L2 is, what the items' fields say, how many columns are kept and what EASE's scores weigh next to
-the trained ones is measured on validation rows (`search`).
+the trained ones is measured on held-out items (`search`). Where these do not show that training
+helps, EASE alone is used.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,9 @@ COLUMNS = (64, 128, 256, 512)
 SEARCHED_ITEMS = 4_000
 """Items among which the search ranks, the most popular ones: it fits EASE some ten times, and the
 time of each grows with the cube of the items."""
+CLEARLY_BETTER = 2.5
+"""Standard errors by which the model has to rank better than EASE alone to be used instead. Two
+would do for one comparison; the model is the best of dozens."""
 _OVERSAMPLED = 24
 _PASSES = 4
 
@@ -44,6 +49,7 @@ class Linear:
             items.
         columns: of the FM.
         weight: of its scores next to the trained part's logits; 0 leaves EASE out.
+        trained: share of the trained part's logits: 1, or 0 for EASE alone.
         ndcg: of both together on the validation users.
         ndcg_trained: of the trained part alone.
         ndcg_ease: of EASE alone.
@@ -53,6 +59,7 @@ class Linear:
     field_weight: float = 0.0
     columns: int = 256
     weight: float = 1.0
+    trained: float = 1.0
     ndcg: float = 0.0
     ndcg_trained: float = 0.0
     ndcg_ease: float = 0.0
@@ -69,6 +76,7 @@ class Validation:
         trained: ``[U, I]`` logits of the trained part by item row.
         power: of the length of a bag by which pooling divides its sum.
         k: cut-off of the NDCG.
+        ids: ``[U]`` numbers by which users are known again in other cuts; default: their places.
     """
 
     bags: Jagged
@@ -77,6 +85,7 @@ class Validation:
     trained: Tensor
     power: float = 0.5
     k: int = 10
+    ids: Int32Array | None = None
 
     def among(self, rows: Int32Array) -> "Validation":
         """The same ranking of some items alone, by their place, for users who have some of them."""
@@ -93,6 +102,7 @@ class Validation:
             relevant=_some(relevant, users),
             masked=_some(masked, users),
             trained=trained,
+            ids=users.astype(np.int32) if self.ids is None else self.ids[users],
         )
 
     def scores(self, weights: Tensor) -> Tensor:
@@ -118,65 +128,137 @@ class Validation:
         return ndcg(hits(shown, self.relevant), self.relevant.lengths, self.k)
 
 
-def search(train: Jagged, n_items: int, groups: Jagged | None, users: Validation) -> Linear:
+def search(
+    cuts: Sequence[tuple[Jagged, Validation]], n_items: int, groups: Jagged | None
+) -> Linear:
     """Finds what EASE adds to a trained model.
 
     One setting after the other: L2, the weight of the items' fields, the number of columns. For
-    each, the weight next to the trained part that gives the best NDCG. Few validation users hardly
-    tell one weight from another: see `_likely`.
+    each, the weight next to the trained part that gives the best NDCG. Few users hardly tell one
+    weight from another: see `_likely`. In the end the result has to be clearly better than EASE
+    alone (`CLEARLY_BETTER`), which is the safer choice.
 
     Args:
-        train: each user's training items, rows below ``n_items``, each once.
+        cuts: of the known items in two: each user's training items, rows below ``n_items``, each
+            once; and users to measure on, with the logits of a model that was trained on the
+            former. A user's figure is the mean over the cuts.
         n_items: rows of the item table.
         groups: items that have a value of a field in common; None: there are no fields.
-        users: to measure on.
 
     Returns:
         The best; with weight 0 where EASE adds nothing.
     """
-    counts = np.bincount(train.values, minlength=n_items)
-    rows = np.sort(np.argsort(-counts, kind="stable")[:SEARCHED_ITEMS]).astype(np.int32)
-    users = users.among(rows)
-    if not len(users.relevant):
+    most = int(SEARCHED_ITEMS / len(cuts) ** (1 / 3))  # so that all cuts take the time of one
+    counts = np.bincount(cuts[0][0].values, minlength=n_items)
+    rows = np.sort(np.argsort(-counts, kind="stable")[:most]).astype(np.int32)
+    parts = [
+        _Part(_gram(train, rows, n_items), users)
+        for train, validation in cuts
+        if len((users := validation.among(rows)).relevant)
+    ]
+    if not parts:
         return Linear(weight=0.0)
-    gram = _gram(train, rows, n_items)
-    group_gram = None if groups is None else _gram(groups, rows, n_items)
-    trained, spread = users.ndcg_by_user(users.trained), _spread(users.trained)
+    measured = _Measured(parts, None if groups is None else _gram(groups, rows, n_items))
+    fits = {l2: measured.fit(l2) for l2 in L2}
+    best = fits[_likely({l2: figure for l2, (_, figure) in fits.items()}) or L2[0]][0]
+    if groups is not None:
+        best = _climb(FIELD_WEIGHTS, 0, lambda w: measured.fit(best.l2, w)[0] if w else best)
+    columns = sorted({min(n, len(rows)) for n in COLUMNS})  # all of few items: nothing is cut
+    fits_of_columns = measured.cut(best, columns)
+    found, figure = max(fits_of_columns, key=lambda one: (one[0].ndcg, one[0].ndcg_ease))
+    alone, of_ease = measured.ease_alone(columns[-1])
+    return found if _z(figure - of_ease) >= CLEARLY_BETTER else alone
 
-    def with_likely_weight(linear: Linear, scores: Tensor) -> tuple[Linear, Float64Array]:
-        """The settings with the weight that the figures support, and the users' figures."""
-        unit = spread / max(_spread(scores), 1e-9)
-        weights = [float(f"{share * unit:.2g}") for share in SHARES]
-        figures = {w: users.ndcg_by_user(users.trained + w * scores) for w in weights}
-        weight = _likely(figures, trained)
-        figure = figures.get(weight, trained)
+
+@dataclass(frozen=True)
+class _Part:
+    """A cut of the known items: ``[R, R]`` counts of pairs of training items, and the users."""
+
+    gram: Tensor
+    users: Validation
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Settings with their NDCG on all cuts, and ``[users]`` that of each user.
+
+    Attributes:
+        parts: the cuts.
+        group_gram: ``[R, R]`` counts of pairs of items that have a value of a field in common.
+    """
+
+    parts: Sequence[_Part]
+    group_gram: Tensor | None
+
+    @cached_property
+    def trained(self) -> Float64Array:
+        """``[users]`` figures of the trained part alone."""
+        return self._by_user([part.users.trained for part in self.parts])
+
+    def fit(self, l2: float, field_weight: float = 0.0) -> tuple[Linear, Float64Array]:
+        """All columns, with the weight that the figures support."""
+        matrices = self._matrices(l2, field_weight)
+        scores = [part.users.scores(each) for part, each in self._with(matrices)]
+        return self._with_likely_weight(Linear(l2, field_weight), scores)
+
+    def cut(self, best: Linear, columns: Sequence[int]) -> list[tuple[Linear, Float64Array]]:
+        """Some numbers of columns, each with the weight that the figures support."""
+        matrices, found = self._matrices(best.l2, best.field_weight), []
+        for n in columns:
+            scores = []
+            for part, weights in self._with(matrices):
+                # Their own vectors, as the model gets them: the leading ones of more differ a bit.
+                leading = leading_vectors(weights, part.gram, n)
+                scores.append(part.users.scores(weights @ leading) @ leading.T)
+            found.append(self._with_likely_weight(replace(best, columns=n), scores))
+        return found
+
+    def ease_alone(self, columns: int) -> tuple[Linear, Float64Array]:
+        """EASE with its usual L2, without the trained part."""
+        alone = Linear(columns=columns, trained=0.0, ndcg_trained=float(self.trained.mean()))
+        matrices = self._matrices(alone.l2, 0.0)
+        scores = [part.users.scores(each) for part, each in self._with(matrices)]
+        figure = self._by_user_of_ease(scores)
+        return replace(alone, ndcg=float(figure.mean()), ndcg_ease=float(figure.mean())), figure
+
+    def _matrices(self, l2: float, field_weight: float) -> list[Tensor]:
+        return [ease_weights(part.gram, l2, self.group_gram, field_weight) for part in self.parts]
+
+    def _with_likely_weight(
+        self, linear: Linear, scores: Sequence[Tensor]
+    ) -> tuple[Linear, Float64Array]:
+        spreads = [(_spread(p.users.trained), _spread(s)) for p, s in self._with(scores)]
+        trained, ease = np.mean(spreads, axis=0).tolist()
+        unit = trained / max(ease, 1e-9)
+        figures = {
+            weight: self._by_user([p.users.trained + weight * s for p, s in self._with(scores)])
+            for weight in (float(f"{share * unit:.2g}") for share in SHARES)
+        }
+        weight = _likely(figures, self.trained)
+        figure = figures.get(weight, self.trained)
         found = replace(
             linear,
             weight=weight,
             ndcg=float(figure.mean()),
-            ndcg_trained=float(trained.mean()),
-            ndcg_ease=users.ndcg(scores),
+            ndcg_trained=float(self.trained.mean()),
+            ndcg_ease=float(self._by_user_of_ease(scores).mean()),
         )
         return found, figure
 
-    def fit(l2: float, field_weight: float) -> tuple[Linear, Float64Array]:
-        weights = ease_weights(gram, l2, group_gram, field_weight)
-        return with_likely_weight(Linear(l2, field_weight), users.scores(weights))
+    def _by_user_of_ease(self, scores: Sequence[Tensor]) -> Float64Array:
+        """`_by_user` by EASE's scores alone, which items that are not ranked have too."""
+        ranked = [s.where(p.users.trained.isfinite(), -torch.inf) for p, s in self._with(scores)]
+        return self._by_user(ranked)
 
-    fits = {l2: fit(l2, 0.0) for l2 in L2}
-    best = fits[_likely({l2: figure for l2, (_, figure) in fits.items()}) or L2[0]][0]
-    if group_gram is not None:
-        best = _climb(FIELD_WEIGHTS, 0, lambda w: best if w == 0 else fit(best.l2, w)[0])
-    weights = ease_weights(gram, best.l2, group_gram, best.field_weight)
+    def _by_user(self, scores: Sequence[Tensor]) -> Float64Array:
+        """Each user's NDCG, the mean over the cuts that the user is in."""
+        ids = np.concatenate([p.users.ids for p in self.parts if p.users.ids is not None])
+        figures = np.concatenate([p.users.ndcg_by_user(s) for p, s in self._with(scores)])
+        _, place, n = np.unique(ids, return_inverse=True, return_counts=True)
+        return np.bincount(place, figures) / n
 
-    def cut(n: int) -> Linear:
-        # Their own vectors, as the model gets them: the leading ones of more differ a little.
-        leading = leading_vectors(weights, gram, n)
-        scores = users.scores(weights @ leading) @ leading.T
-        return with_likely_weight(replace(best, columns=n), scores)[0]
-
-    options = sorted({min(n, len(rows)) for n in COLUMNS})  # all of few items: nothing is cut
-    return max(map(cut, options), key=lambda linear: (linear.ndcg, linear.ndcg_ease))
+    def _with(self, scores: Sequence[Tensor]) -> Iterator[tuple[_Part, Tensor]]:
+        return zip(self.parts, scores, strict=True)
 
 
 def _gram(lists: Jagged, rows: Int32Array, n_items: int) -> Tensor:
@@ -215,18 +297,19 @@ def _likely(figures: Mapping[float, Float64Array], without: Float64Array | None 
     if without is not None and without.mean() >= best.mean():
         start, best = 0.0, without
 
-    def z(figure: Float64Array) -> float:
-        difference = best - figure
-        error = float(difference.std()) / len(difference) ** 0.5
-        return float(difference.mean()) / error if error else 0.0
-
-    distances = {setting: z(figure) for setting, figure in figures.items()}
+    distances = {setting: _z(best - figure) for setting, figure in figures.items()}
     is_alike = any((figure == best).all() for figure in figures.values())
     if start == 0 and (is_alike or min(distances.values()) > 1):
         return 0.0
     shares = {s: math.exp(-(z**2) / 2) for s, z in distances.items() if s >= start}
     mean = sum(share * math.log(s) for s, share in shares.items()) / sum(shares.values())
     return min(figures, key=lambda setting: abs(math.log(setting) - mean))
+
+
+def _z(difference: Float64Array) -> float:
+    """Mean difference between users' figures in standard errors."""
+    error = float(difference.std()) / len(difference) ** 0.5
+    return float(difference.mean()) / error if error else 0.0
 
 
 def _climb(grid: Sequence[float], start: int, at: Callable[[float], Linear]) -> Linear:

@@ -5,16 +5,17 @@ regression plus a share of each part that was trained (`deepfm_dist.jobs.first_o
 
 Of a model that ranks, the best checkpoint of the loop gets EASE's columns
 (`deepfm_dist.interop.linear`), with settings that are measured on the validation rows:
-``runs/NAME/selected``. Then the same is done once more without measuring anything: the model is
-trained on training and validation rows for as long as the best one was, and EASE is fitted to
-both: ``runs/NAME/refit``. Where there are no validation rows, some training items that the loop has
-not seen (``trainer.hold_out``) take their place.
+``runs/NAME/selected``. A small log has too few of these, and the settings are cross-validated. Then
+the same is done once more without measuring anything: the model is trained on training and
+validation rows for as long as the best one was, and EASE is fitted to both: ``runs/NAME/refit``.
+Where there are no validation rows, some training items that the loop has not seen
+(``trainer.hold_out``) take their place.
 
 Each is a run of one checkpoint.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 
 from deepfm_dist.build import deepfm_of, training_batches
 from deepfm_dist.config import Config, with_settings
-from deepfm_dist.data.batches.histories import HistorySampler
+from deepfm_dist.data.batches.histories import HistorySampler, hold_out
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Jagged, offsets_of
 from deepfm_dist.data.manifest import Manifest
@@ -58,6 +59,12 @@ from deepfm_dist.training.trainer import Hooks, Trainer
 log = logging.getLogger(__name__)
 SEARCHED_LOGITS = 30_000_000
 """Logits of validation users that the search holds, at most: fewer users of a larger catalogue."""
+
+
+FEW_POSITIVES = 20_000
+"""Training positives below which the search is cross-validated: that takes a training per cut."""
+CUTS, CUT_SHARE, CUT_SHARE_OF_LAST = 5, 0.2, 0.1
+"""How many cuts, and the share of each user's items that one holds out, or of the last ones."""
 
 
 def parts_of(config: Config, manifest: Manifest) -> list[str]:
@@ -142,8 +149,11 @@ class Finish:
             model, _ = shard_to_widen(self.config, self.dataset.manifest, self.world)
             path = find_checkpoint(self.config.run_dir, step)
             load(path, self.world, model)
-            linear = self._search(model)
-            choices.append(_choice(linear, max(self.config.evaluate.k)))
+            found = self._search(model, step)
+            if found is None:
+                return False
+            linear, choice = found
+            choices.append(choice)
             self._say(choices[-1])
             self._save(SELECTED, model, self.dataset, linear, step, choices)
             del model
@@ -188,52 +198,100 @@ class Finish:
         if self.world.is_first:
             log.info("chosen for this log: %s", choice)
 
-    def _search(self, model: DistributedModelParallel) -> Linear:
-        """How EASE is fitted and weighed, the same on all ranks."""
-        dataset, config = self.dataset, self.config
-        most = max(1, SEARCHED_LOGITS // dataset.manifest.entities["item"])
+    def _search(self, model: DistributedModelParallel, step: int) -> tuple[Linear, Choice] | None:
+        """How EASE is fitted and weighed, the same on all ranks; None: a signal stopped it.
+
+        Args:
+            model: the best checkpoint of the loop.
+            step: of it.
+        """
+        dataset, world = self.dataset, self.world
+        n_positives = dataset.manifest.splits["train"].positives
+        cuts = []
+        if n_positives >= FEW_POSITIVES or dataset.manifest.data.split.method == "users":
+            cuts.append(self._measured(dataset, model))
+        else:
+            if world.is_first:
+                text = "%s: EASE's settings are cross-validated on %d cuts of them"
+                log.info(text, plural(n_positives, "training positive"), CUTS)
+            for cut in self._cuts():
+                again = self._train_again(cut, step, is_logged=False)
+                if again is None:
+                    return None
+                cuts.append(self._measured(cut, again[0]))
+        linear = world.broadcast(world.run_on_rank0("linear", lambda: self._fit(cuts)))
+        assert linear is not None
+        kind = "validation" if len(cuts) == 1 else "cross-validated"
+        return linear, _choice(linear, f"{kind} NDCG@{max(self.config.evaluate.k)}")
+
+    def _cuts(self) -> Iterator[PreparedDataset]:
+        """The known rows with some items of each user held out, others every time.
+
+        With ``history.targets: later`` each cut is at an earlier time.
+        """
+        known = cut = self.dataset.with_validation()
+        for number in range(CUTS):
+            if known.manifest.data.history.targets == "later":
+                cut = hold_out(cut, CUT_SHARE_OF_LAST)
+            else:
+                cut = hold_out(known, CUT_SHARE, number)
+            yield cut
+
+    def _measured(
+        self, dataset: PreparedDataset, model: DistributedModelParallel
+    ) -> tuple[Jagged, Validation]:
+        """A dataset's training items, and its validation users with a model's logits. All ranks."""
+        config, n_items = self.config, dataset.manifest.entities["item"]
+        most = max(1, SEARCHED_LOGITS // n_items)
         evaluator = RankingEvaluator(
             dataset, "valid", config.recommend.context, config.evaluate.mask_seen, most
         )
         model.eval()
         ranker = evaluator.ranker(deepfm_of(model), self.world)
         logits = ranker.scores(0, len(evaluator.users), len(evaluator.users))
+        by_row = torch.full((len(logits), n_items), -torch.inf)
+        by_row[:, torch.from_numpy(evaluator.catalogue.rows).long()] = torch.from_numpy(logits)
+        lengths, items = HistorySampler(dataset).full(evaluator.users)
+        fields = dataset.manifest.item_fields_of_closed_form
+        assert fields is not None
+        return distinct(dataset.training_history), Validation(
+            bags=Jagged(offsets_of(lengths), items),
+            relevant=evaluator.relevant,
+            masked=evaluator.masked,
+            trained=by_row,
+            power=POWERS[fields[0].pooling],
+            k=max(config.evaluate.k),
+            ids=evaluator.users,
+        )
 
-        def search_on_rank0() -> Linear:
-            fields, n_items = dataset.manifest.item_fields_of_closed_form, len(evaluator.catalogue)
-            assert fields is not None
-            needed, room = FACTORS_BYTES * n_items**2, available_bytes()
-            if needed > USABLE * room:
-                log.warning(
-                    "model.linear=ease: EASE of %s takes %.1f GB of memory, and %.1f GB are "
-                    "available: the model keeps its trained part only",
-                    plural(n_items, "item"),
-                    needed / 1e9,
-                    room / 1e9,
-                )
-                return Linear(weight=0.0)
-            by_row = torch.full((len(logits), dataset.manifest.entities["item"]), -torch.inf)
-            by_row[:, torch.from_numpy(evaluator.catalogue.rows).long()] = torch.from_numpy(logits)
-            lengths, items = HistorySampler(dataset).full(evaluator.users)
-            users = Validation(
-                bags=Jagged(offsets_of(lengths), items),
-                relevant=evaluator.relevant,
-                masked=evaluator.masked,
-                trained=by_row,
-                power=POWERS[fields[0].pooling],
-                k=max(config.evaluate.k),
+    def _fit(self, cuts: Sequence[tuple[Jagged, Validation]]) -> Linear:
+        """`search`, if there is room for it. Rank 0."""
+        n_items = self.dataset.manifest.entities["item"]
+        needed, room = FACTORS_BYTES * n_items**2, available_bytes()
+        if needed > USABLE * room:
+            log.warning(
+                "model.linear=ease: EASE of %s takes %.1f GB of memory, and %.1f GB are "
+                "available: the model keeps its trained part only",
+                plural(n_items, "item"),
+                needed / 1e9,
+                room / 1e9,
             )
-            train = distinct(dataset.training_history)
-            return search(train, by_row.shape[1], groups_of_items(dataset), users)
-
-        linear = self.world.broadcast(self.world.run_on_rank0("linear", search_on_rank0))
-        assert linear is not None
-        return linear
+            return Linear(weight=0.0)
+        return search(cuts, n_items, groups_of_items(self.dataset))
 
     def _train_again(
-        self, later: PreparedDataset, best_step: int
+        self, later: PreparedDataset, best_step: int, is_logged: bool = True
     ) -> tuple[DistributedModelParallel, int, float] | None:
-        """The model trained on validation rows too, its steps and epochs; None: it was stopped."""
+        """A model trained on another dataset for as many epochs as the best one of the loop.
+
+        Args:
+            later: the dataset.
+            best_step: of the loop.
+            is_logged: whether the run's folder gets its figures.
+
+        Returns:
+            The model, its steps and epochs; None: a signal stopped it.
+        """
         per_epoch = training_batches(self.config, self.dataset, self.world).steps_per_epoch
         batches = training_batches(self.config, later, self.world)
         steps = max(1, round(best_step / per_epoch * batches.steps_per_epoch))
@@ -260,7 +318,7 @@ class Finish:
             config,
             seed=config.run.seed,
             state=LoopState(earlier_steps=self.state.earlier_steps),
-            metrics=MetricsLog(config.run_dir, self.world.is_first, 0),
+            metrics=MetricsLog(config.run_dir, self.world.is_first and is_logged, 0),
             hooks=Hooks(asked_to_stop=self.asked_to_stop),
         )
         state = trainer.fit()
@@ -282,7 +340,7 @@ class Finish:
         columns = linear.columns if linear is not None and linear.weight else 0
         target = self._target(part).with_columns(config.model.embedding_dim + columns)
         wide, optimizer = empty_model(target, manifest, world)
-        column = add_model(model, wide, 0, 1.0)
+        column = add_model(model, wide, 0, 1.0 if linear is None else linear.trained)
         if linear is not None and columns:
             fit = partial(
                 ease_tables, dataset, columns, linear.l2, linear.weight, linear.field_weight
@@ -292,13 +350,18 @@ class Finish:
         save_new_run(target, manifest, world, wide, optimizer, step=step, more=marker)
 
 
-def _choice(linear: Linear, k: int) -> Choice:
-    figures = f"validation NDCG@{k} {linear.ndcg:.4f}, {linear.ndcg_trained:.4f} without it"
+def _choice(linear: Linear, figure: str) -> Choice:
+    """What was found, with the figure that decided."""
+    figures = f"{figure} {linear.ndcg:.4f}, {linear.ndcg_trained:.4f} without it"
+    settings = f"L2 {linear.l2:g}, {plural(linear.columns, 'column')}"
+    if not linear.trained:
+        what = f"{settings}, without the trained part, which does not rank clearly better"
+        return Choice("model.linear", "ease", f"{what}: {figures}")
     if not linear.weight:
         return Choice("model.linear", "ease", f"weight 0: {figures}, {linear.ndcg_ease:.4f} alone")
     return Choice(
         "model.linear",
         "ease",
-        f"L2 {linear.l2:g}, weight {linear.weight:g}, {plural(linear.columns, 'column')}, weight "
-        f"of fields {linear.field_weight:g}: {figures}, {linear.ndcg_ease:.4f} alone",
+        f"{settings}, weight {linear.weight:g}, weight of fields {linear.field_weight:g}: "
+        f"{figures}, {linear.ndcg_ease:.4f} alone",
     )

@@ -457,6 +457,28 @@ def test_training_items_serve_as_those_of_validation_rows(with_history: Prepared
     assert with_history.history.lists() == whole
 
 
+def test_known_validation_items_are_held_out_as_others_are_and_each_draw_has_its_own(
+    with_history: PreparedDataset,
+) -> None:
+    known = with_history.with_validation()
+    whole, train = known.history.lists(), with_history.history.lists()
+    assert whole != train
+    drawn = []
+    for draw in range(3):
+        cut = hold_out(known, 0.2, draw)
+        kept, held_out = cut.history.lists(), cut.positives("valid").lists()
+        for items, rest, out in zip(whole, kept, held_out, strict=True):
+            assert rest == [item for item in items if item not in out]
+            assert sorted(rest + out) == sorted(items)
+        assert cut.met("train")[0].lists() == kept
+        assert any({*out} - {*items} for items, out in zip(train, held_out, strict=True))
+        drawn.append({(u, item) for u, out in enumerate(held_out) for item in out})
+    # Two independent draws of a fifth share a 25th.
+    n_items = sum(map(len, whole))
+    assert len(drawn[0] & drawn[1]) == pytest.approx(n_items / 25, rel=0.2)
+    assert len(drawn[1] & drawn[2]) == pytest.approx(n_items / 25, rel=0.2)
+
+
 def test_validation_rows_belong_to_the_past_of_the_test(with_history: PreparedDataset) -> None:
     later = with_history.with_validation()
     train, valid = with_history.history.lists(), with_history.positives("valid").lists()

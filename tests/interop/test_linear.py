@@ -51,7 +51,7 @@ def test_a_catalogue_may_have_fewer_items_than_are_ranked() -> None:
     train = Jagged.from_pairs([0, 0, 1, 2], [1, 2, 1, 3], 3)
     relevant = Jagged.from_pairs([0, 1, 2], [3, 2, 1], 3)
     validation = Validation(train, relevant, train, torch.zeros(3, 4))
-    actual = search(train, 4, None, validation)
+    actual = search([(train, validation)], 4, None)
     assert actual.columns == 4
     # User 0 has one item left; users 1 and 2 have two, and ties are broken either way.
     assert 0.6 < actual.ndcg_trained <= 1
@@ -69,21 +69,17 @@ def test_cold_items_have_no_place(users: tuple[Jagged, Validation]) -> None:
         for lists in (validation.relevant, validation.masked)
     )
     with_cold = replace(validation, relevant=relevant, masked=masked)
-    assert search(train, N_ITEMS, None, with_cold) == search(train, N_ITEMS, None, validation)
+    assert search([(train, with_cold)], N_ITEMS, None) == search(
+        [(train, validation)], N_ITEMS, None
+    )
 
 
-def test_what_knows_nothing_is_outweighed(users: tuple[Jagged, Validation]) -> None:
+def test_what_knows_nothing_is_left_out(users: tuple[Jagged, Validation]) -> None:
     train, validation = users
-    actual = search(train, N_ITEMS, None, validation)
+    actual = search([(train, validation)], N_ITEMS, None)
     assert actual.ndcg > actual.ndcg_trained + 0.1
-    assert actual.ndcg == pytest.approx(actual.ndcg_ease, abs=0.03)
-    assert actual.field_weight == 0
-    # It can be had: the same settings give the same figure.
-    gram = torch.from_numpy(co_counts(train, N_ITEMS)).float()
-    weights = ease_weights(gram, actual.l2)
-    vectors = leading_vectors(weights, gram, actual.columns)
-    scores = validation.trained + actual.weight * validation.scores(weights @ vectors) @ vectors.T
-    assert validation.ndcg(scores) == pytest.approx(actual.ndcg, abs=1e-6)
+    assert (actual.trained, actual.weight, actual.field_weight) == (0, 1, 0)
+    assert actual.ndcg == actual.ndcg_ease
 
 
 def test_next_to_one_that_knows_all_it_has_no_weight(
@@ -95,7 +91,7 @@ def test_next_to_one_that_knows_all_it_has_no_weight(
     owner = np.repeat(np.arange(N_USERS), 2)
     right[torch.from_numpy(owner), torch.from_numpy(validation.relevant.values).long()] = 9999.0
     knowing = Validation(train, validation.relevant, train, right)
-    actual = search(train, N_ITEMS, None, knowing)
+    actual = search([(train, knowing)], N_ITEMS, None)
     assert actual.ndcg == actual.ndcg_trained == 1
     assert actual.weight == 0
     alone = [_ndcg_of_ease(validation, train, actual.l2, n) for n in (4, 32)]
@@ -120,13 +116,52 @@ def test_few_users_do_not_decide_on_a_weight_by_chance() -> None:
     assert _likely(many, 0.4 + 0.01 * noise[0]) == 0.0  # each is clearly worse than none
 
 
+def test_what_training_adds_has_to_be_clear(users: tuple[Jagged, Validation]) -> None:
+    """Of few users, EASE alone; the same difference of many users, or in several cuts, counts."""
+    train, validation = users
+    owner = torch.from_numpy(np.repeat(np.arange(N_USERS), 2))
+    hint = 0.3 * validation.trained
+    hint[owner, torch.from_numpy(validation.relevant.values).long()] += 0.15
+    both = replace(validation, trained=hint)
+    actual = search([(train, both)], N_ITEMS, None)
+    assert actual.trained == 1
+    # It can be had: the same settings give the same figure.
+    gram = torch.from_numpy(co_counts(train, N_ITEMS)).float()
+    weights = ease_weights(gram, actual.l2)
+    vectors = leading_vectors(weights, gram, actual.columns)
+    scores = hint + actual.weight * both.scores(weights @ vectors) @ vectors.T
+    assert both.ndcg(scores) == pytest.approx(actual.ndcg, abs=1e-6)
+    few = [np.arange(first, first + 12) for first in range(0, 60, 12)]
+    cuts = [
+        Validation(
+            *(Jagged.from_pairs(*_pairs(lists, some)) for lists in (train, validation.relevant)),
+            masked=Jagged.from_pairs(*_pairs(train, some)),
+            trained=hint[torch.from_numpy(some)],
+            ids=some.astype(np.int32),
+        )
+        for some in few
+    ]
+    alone = search([(train, cuts[0])], N_ITEMS, None)
+    assert (alone.trained, alone.weight, alone.l2, alone.columns) == (0, 1, 500, N_ITEMS)
+    ease = cuts[0].ndcg(cuts[0].scores(ease_weights(gram, 500)))
+    assert alone.ndcg == alone.ndcg_ease == pytest.approx(ease, abs=1e-6)
+    assert search([(train, cut) for cut in cuts], N_ITEMS, None).trained == 1
+    # The same users again in other cuts say little more.
+    assert search([(train, cuts[0])] * 5, N_ITEMS, None).trained == 0
+
+
+def _pairs(lists: Jagged, some: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    lengths, values = lists.take(some)
+    return np.repeat(np.arange(len(some)), lengths), values, len(some)
+
+
 def test_fields_that_say_the_groups_are_used(users: tuple[Jagged, Validation]) -> None:
     _, validation = users
     few = Jagged.from_pairs([0, 0, 1, 1], [0, 20, 21, 40], N_USERS)  # nobody's items go together
     groups = Jagged.from_pairs(np.arange(N_ITEMS) // 20, np.arange(N_ITEMS), 3)
-    actual = search(few, N_ITEMS, groups, validation)
+    actual = search([(few, validation)], N_ITEMS, groups)
     assert actual.field_weight > 0
-    assert actual.ndcg > search(few, N_ITEMS, None, validation).ndcg + 0.1
+    assert actual.ndcg > search([(few, validation)], N_ITEMS, None).ndcg + 0.1
 
 
 def test_leading_vectors_are_those_of_the_scores(users: tuple[Jagged, Validation]) -> None:
@@ -144,5 +179,5 @@ def test_leading_vectors_are_those_of_the_scores(users: tuple[Jagged, Validation
 def test_users_without_held_out_items_leave_nothing_to_measure() -> None:
     none = Jagged(np.zeros(3, np.int64), np.zeros(0, np.int32))
     validation = Validation(none, none, none, torch.zeros(2, 5))
-    assert search(none, 5, None, validation) == Linear(weight=0.0)
+    assert search([(none, validation)], 5, None) == Linear(weight=0.0)
     assert max(COLUMNS) == 512

@@ -67,8 +67,8 @@ def latest(bags: Bags, n: int) -> Bags:
     return chosen(bags, before_end <= n)
 
 
-def hold_out(dataset: PreparedDataset, share: float) -> PreparedDataset:
-    """A dataset without validation rows, some of whose training items serve as validation items.
+def hold_out(dataset: PreparedDataset, share: float, draw: int = 0) -> PreparedDataset:
+    """A dataset some of whose training items serve as validation items.
 
     Each item of a user is drawn independently, by the dataset's seed; with ``history.targets:
     later``, they are the user's last ones, rounded up. A user keeps one at least.
@@ -76,6 +76,7 @@ def hold_out(dataset: PreparedDataset, share: float) -> PreparedDataset:
     Args:
         dataset: the prepared dataset.
         share: of the items that is held out.
+        draw: of several, with other items each.
     """
     history = dataset.training_history
     users = np.arange(len(history))
@@ -84,7 +85,7 @@ def hold_out(dataset: PreparedDataset, share: float) -> PreparedDataset:
         n_held_out = np.ceil(exact).astype(np.int64)
         kept = _leading(history.lengths, np.maximum(history.lengths - n_held_out, 1))
     else:
-        seed = derive_seed(dataset.manifest.seed, "hold out")
+        seed = derive_seed(dataset.manifest.seed, "hold out", *[draw] * bool(draw))
         kept = kept_in_bags(history, users, users, seed, share)
         n_kept, _ = chosen(history.take(users), kept)
         kept |= np.repeat(n_kept == 0, history.lengths)

@@ -199,6 +199,11 @@ def test_the_last_items_are_held_out_of_histories_in_order(
         n = min(-(-3 * len(items) // 10), max(0, len(items) - 1))
         assert held_out == items[len(items) - n :]
         assert cut.history.lists()[user] == items[: len(items) - n]
+    earlier = hold_out(cut, 0.3)
+    for user, items in enumerate(cut.history.lists()):
+        n = min(-(-3 * len(items) // 10), max(0, len(items) - 1))
+        assert earlier.positives("valid").lists()[user] == items[len(items) - n :]
+        assert earlier.history.lists()[user] == items[: len(items) - n]
 
 
 def test_training_on_rows_has_no_latest_items(
