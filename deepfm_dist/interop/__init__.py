@@ -1,1 +1,1 @@
-"""Other worlds: a notebook's weights, closed forms in an FM, safetensors."""
+"""Interoperability: a notebook's weights, closed forms in an FM, safetensors, ONNX."""

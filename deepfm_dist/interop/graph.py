@@ -1,8 +1,7 @@
 """The whole model as one scoring graph: ONNX for onnxruntime, or an AOTInductor package for C++.
 
-The graph takes rows of tables and numbers, looks the vectors up in tables that lie inside it, and
-returns logits. Attributes and histories of users are given once per user, however many rows
-(items) are scored for each of them.
+The graph takes table rows and numbers, looks vectors up in its own tables, and returns logits.
+Attributes and histories are passed once per user, for any number of rows (items).
 """
 
 import logging
@@ -33,13 +32,13 @@ GraphFormat = Literal["onnx", "aoti"]
 Precision = Literal["fp32", "fp16", "int8"]
 FILES: Mapping[GraphFormat, str] = {"onnx": "model.onnx", "aoti": "model.pt2"}
 NO_VALUE = -1
-"""Table row of a missing value, which adds a vector of zeros; also pads lists of values."""
+"""Table row of a missing value: a vector of zeros; also used for padding."""
 TOLERANCE = 1e-5
-"""Largest `difference` between logits that rounding can cause."""
+"""Maximum `difference` between logits due to rounding."""
 _EMBEDDED_BYTES = 1_500_000_000
-"""Tables beyond this go to a file next to the ONNX file, whose format ends at 2 GiB."""
+"""Larger tables are stored in a file next to the ONNX file, whose format is limited to 2 GiB."""
 BLOCK = 32
-"""Factors of a row that share a scale and an offset in int8 tables."""
+"""Number of factors that share a scale and an offset in int8 tables."""
 _LEVELS = 255
 
 
@@ -49,12 +48,12 @@ class GraphInput:
 
     Attributes:
         name: of the input; inputs of an AOTInductor package are given in order, without names.
-        kind: ``user_of_row``: for each row, which of the users it is about; ``row``: a table row,
+        kind: ``user_of_row``: for each row, the index of its user; ``row``: a table row,
             0 for an unknown value and `NO_VALUE` for none; ``rows``: any number of them, padded
             with `NO_VALUE`; ``number``: the value of a numeric field, transformed; ``vector``: of a
             vector field, scaled.
         dtype: int64 or float32.
-        shape: its dimensions, by name where their size may differ.
+        shape: its dimensions; variable ones by name.
         field: name of the field; None for ``user_of_row``.
         n_rows: number of rows of the field's table, if it has one. Larger rows are errors.
     """
@@ -77,7 +76,7 @@ class GraphTable(nn.Module):
 
     Args:
         weights: ``[rows, D + 1]`` float32: factors, first-order weight.
-        precision: how they are stored.
+        precision: of the stored weights.
     """
 
     weights: Tensor
@@ -116,7 +115,7 @@ class GraphTable(nn.Module):
 
 
 class ScoringGraph(nn.Module):
-    """Rows of tables and numbers -> logits.
+    """Maps table rows and numbers to logits.
 
     Args:
         tables: ``[rows, D + 1]`` float32 by name.
@@ -155,7 +154,7 @@ class ScoringGraph(nn.Module):
         """Scores rows; the inputs are those of `inputs`.
 
         Returns:
-            ``[rows]`` logits, of several targets ``[rows, targets]``.
+            ``[rows]`` logits, or ``[rows, targets]`` for several targets.
         """
         user_of_row = inputs[0] if self.inputs[0].kind == "user_of_row" else None
         n_tables, columns = len(self._categorical), []
@@ -182,7 +181,7 @@ class ScoringGraph(nn.Module):
         return vectors.sum(1) / (counts ** POWERS[field.pooling])[:, None]
 
     def example(self, batch: Batch) -> tuple[Tensor, ...]:
-        """The inputs for the rows of a batch, each with a user of its own."""
+        """The inputs for the rows of a batch, each with a different user."""
         n = batch.dense.shape[0]
         bags = batch.sparse.to_dict()
         inputs = [torch.arange(n)] if self.inputs[0].kind == "user_of_row" else []
@@ -249,15 +248,15 @@ def write_graph(
 
     Args:
         graph: in eval mode.
-        example: inputs for two rows or more.
-        kind: what to write.
-        folder: of the file, which is that of `FILES`.
+        example: inputs for at least two rows.
+        kind: of graph.
+        folder: of the file, which is named in `FILES`.
 
     Returns:
         The graph as the runtime computes it, from the file.
 
     Raises:
-        DeepFMError: the over-arch, a class of the user's, cannot be exported.
+        DeepFMError: a custom over-arch cannot be exported.
         EnvironmentProblem: a library or the compiler is missing.
     """
     path, model = folder / FILES[kind], _trace(graph, example)
@@ -265,7 +264,7 @@ def write_graph(
 
 
 def check_tools(kind: GraphFormat) -> None:
-    """Looks for what a format needs, before any work.
+    """Checks that a format's tools are installed, before any work.
 
     Raises:
         EnvironmentProblem: a library or the compiler is missing.
@@ -340,15 +339,14 @@ def _write_package(model: ExportedProgram, path: Path) -> Callable[[Sequence[Ten
 def difference(actual: Tensor, expected: Tensor) -> float:
     """The largest difference between logits, relative to the larger of 1 and the largest logit.
 
-    Rounding errors grow with the terms of the sum, of which a closed form has large ones that
-    cancel in some rows.
+    Rounding errors grow with the terms of the sum; a closed form has large terms that may cancel.
     """
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps exporters' warnings about themselves off the screen."""
+    """Hides exporters' warnings about themselves."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:

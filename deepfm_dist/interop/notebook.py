@@ -1,4 +1,4 @@
-"""A notebook's DeepFM: its state dict and its indices of ids -> our tables and over-arch."""
+"""Converts a notebook's DeepFM: state dict and id indices -> our tables and over-arch."""
 
 import logging
 import re
@@ -45,7 +45,7 @@ class NotebookWeights:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> "NotebookWeights":
-        """Takes a state dict apart.
+        """Parses a state dict.
 
         Args:
             state: of a module with ``bias``, ``fc`` and ``embedding`` (``nn.Embedding``) and
@@ -111,7 +111,7 @@ class NotebookWeights:
         """State of `deepfm_dist.model.deepfm.InteractionArch` with an `OverArch`.
 
         Args:
-            places: for each of our fields, its place among the notebook's.
+            places: for each of our fields, its index among the notebook's.
         """
         first, bias = self.layers[0]
         by_field = first.view(len(bias), len(places), self.embedding_dim)
@@ -129,9 +129,9 @@ class NotebookField:
     """How a notebook numbers the ids of a field.
 
     Attributes:
-        places: ``[n]`` int32: for each of the notebook's indices, the row of our table; 0 where
-            our vocabulary does not have the id.
-        rows: of our table.
+        places: ``[n]`` int32: for each of the notebook's indices, the row of our table; 0 if our
+            vocabulary lacks the id.
+        rows: number of rows of our table.
     """
 
     places: np.ndarray
@@ -140,7 +140,7 @@ class NotebookField:
     def table(self, weights: Tensor) -> Tensor:
         """``[n, columns]`` in the notebook's order -> ``[rows, columns]`` in ours.
 
-        Rows that the notebook does not have, row 0 among them, become 0: they add nothing.
+        Rows missing in the notebook, including row 0, become 0 and contribute nothing.
         """
         table = weights.new_zeros(self.rows, weights.shape[1])
         known = torch.from_numpy(self.places > 0)
@@ -151,15 +151,15 @@ class NotebookField:
 def notebook_fields(
     dataset: PreparedDataset, id_files: Mapping[str, Path]
 ) -> dict[str, NotebookField]:
-    """The indices that a notebook gives to ids, by field.
+    """The notebook's indices of ids, by field.
 
     Args:
         dataset: the prepared dataset.
-        id_files: text files with one id a line, in the notebook's order, by field. The others'
-            ids are the vocabulary's, sorted: numbers by value, texts by code point.
+        id_files: text files with one id per line, in the notebook's order, by field. Ids of other
+            fields are those of the vocabulary, sorted: numbers by value, text by code point.
 
     Raises:
-        ConfigError: the data has fields that such a notebook cannot have.
+        ConfigError: the data has fields that a notebook cannot have.
         DataError: a file of ids cannot be read, or repeats an id.
     """
     manifest = dataset.manifest
@@ -209,13 +209,13 @@ def notebook_fields(
 
 
 def read_weights(path: Path) -> NotebookWeights:
-    """Reads a state dict that ``torch.save`` wrote; nothing but tensors is unpickled.
+    """Reads a state dict written by ``torch.save``; unpickles nothing but tensors.
 
     Raises:
-        DataError: it is not a state dict, or one of another model.
+        DataError: it is not the state dict of such a model.
     """
     try:
-        # torch.load does not compare a file with the checksums that torch.save wrote into it.
+        # torch.load does not verify the checksums that torch.save wrote.
         damaged = ZipFile(path).testzip() if is_zipfile(path) else None
         if damaged is not None:
             raise DataError(
@@ -262,21 +262,22 @@ def from_notebook(
     id_files: Mapping[str, Path],
     fields: str | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A notebook's weights as ours.
+    """Converts a notebook's weights to ours.
 
     Args:
-        model: of the run that is made of them.
+        model: settings of the new run.
         dataset: the prepared dataset.
         weights: the notebook's.
         id_files: files with the notebook's ids of single fields.
-        fields: names in the notebook's order, between commas; None: as in ``data.features``.
+        fields: names in the notebook's order, comma-separated; None: as in ``data.features``.
 
     Returns:
         Values ``[rows, D + 1]`` by table, and the state of the interaction arch.
 
     Raises:
-        ConfigError: the configuration is of another model, or of data no notebook can have.
-        DataError: the fields' ids do not add up to the rows of the offset table.
+        ConfigError: the configuration differs from the notebook's model, or its data is
+            unsupported.
+        DataError: the number of ids differs from the rows of the offset table.
     """
     _check_model(model, weights)
     ours = notebook_fields(dataset, id_files)
@@ -306,7 +307,7 @@ def from_notebook(
 
 
 def _check_model(model: ModelConfig, weights: NotebookWeights) -> None:
-    """Refuses settings of another model.
+    """Refuses settings that differ from the notebook's model.
 
     Raises:
         ConfigError: names the settings to change.

@@ -26,7 +26,7 @@ from deepfm_dist.storage import remove_leftovers, work_folder
 FORMAT = 2
 """Version of the layout of an export. Version 1 had no histories."""
 BUFFER_BYTES = 32 << 20
-"""Bytes of a table that are read at a time."""
+"""Bytes of a table to read at a time."""
 
 _DTYPES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
@@ -41,10 +41,10 @@ _CONFIG = "config.json"
 
 @contextmanager
 def export_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``target`` when all is written.
+    """Yields a folder to write into, which becomes ``target`` at the end.
 
     Args:
-        target: replaced where it holds an earlier export.
+        target: an earlier export there is replaced.
 
     Raises:
         DeepFMError: it holds something else, or cannot be written.
@@ -71,7 +71,7 @@ def export_folder(target: Path) -> Iterator[Path]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The values of `write_config`; empty where the export is missing or damaged."""
+    """Reads the values of `write_config`; empty if the export is missing or damaged."""
     try:
         config = json.loads((folder / _CONFIG).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -93,22 +93,21 @@ def write_weights(
 ) -> dict[str, tuple[int, ...]]:
     """Writes a checkpoint's model as safetensors, without a process group.
 
-    Up to ``max_file_bytes`` it is one ``model.safetensors``; beyond, tensors are dealt in order to
-    ``model-00001-of-0000N.safetensors`` and ``model.safetensors.index.json`` says which is where,
-    as Hugging Face's libraries do. A tensor larger than that has a file of its own.
-    torch.distributed.checkpoint's writer of this layout takes tensors from memory, which tables
-    may not fit into.
+    Up to ``max_file_bytes`` it is one ``model.safetensors``; larger models are divided into
+    ``model-00001-of-0000N.safetensors`` with ``model.safetensors.index.json``, the layout of
+    Hugging Face's libraries. A larger tensor gets a separate file. The writer of
+    torch.distributed.checkpoint needs tensors in memory, which tables may exceed.
 
     Args:
         checkpoint: its folder.
         target: an existing folder to write into.
-        table_columns: leading columns of the tables that are used; the padding is left out.
-        max_file_bytes: bytes of tensors in a file.
-        buffer_bytes: bytes of a table that are in memory at a time, besides one copy.
+        table_columns: number of leading columns of the tables to write, without padding.
+        max_file_bytes: maximum bytes of tensors in a file.
+        buffer_bytes: bytes of a table in memory at a time, plus one copy.
 
     Returns:
-        Shapes by name: ``tables.<table>`` of ``[rows, table_columns]``, and the rest as
-        `deepfm_dist.model.deepfm.InteractionArch` names it.
+        Shapes by name: ``tables.<table>`` of ``[rows, table_columns]``, and the rest with the names
+        of `deepfm_dist.model.deepfm.InteractionArch`.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -153,7 +152,7 @@ def _group_by_size(weights: Sequence[StoredWeight], max_bytes: int) -> list[list
 
 
 def _header(weights: Sequence[StoredWeight]) -> bytes:
-    """Length and JSON that a safetensors file begins with.
+    """The header of a safetensors file: length and JSON.
 
     Source: https://github.com/huggingface/safetensors, README, "Format".
     """
@@ -254,9 +253,9 @@ def copy_vocabularies(dataset: PreparedDataset, target: Path) -> None:
 def write_entities(dataset: PreparedDataset, target: Path) -> None:
     """Writes ``entities/``: for each user and item the external id and every field's value.
 
-    A history field is a list of rows of its table, as the model sees it outside training; a vector
-    is scaled, as the model takes it. Items without training rows follow the others; they have no
-    row in the item table.
+    A history field is a list of rows of its table, as used outside training; vectors are scaled
+    like the model's input. Items without training rows follow the others; they have no row in the
+    item table.
 
     Args:
         dataset: the prepared dataset.

@@ -1,4 +1,4 @@
-"""Puts trained FMs, and the closed-form ranker EASE, into one wider FM."""
+"""Combines trained FMs and the closed-form ranker EASE in one wider FM."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,9 +25,8 @@ class EaseColumns:
     Attributes:
         weight: of its scores next to the models' logits.
         columns: number of columns.
-        l2: its weight decay.
-        field_weight: each value of an item's field counts as this many users who have all of its
-            items.
+        l2: L2 regularisation.
+        field_weight: each value of an item's field counts as this many users with all of its items.
     """
 
     weight: float
@@ -38,7 +37,7 @@ class EaseColumns:
 
 @dataclass(frozen=True)
 class Combined:
-    """A run that was made of others.
+    """The combined run.
 
     Attributes:
         config: its settings.
@@ -69,7 +68,7 @@ def combine(
     Args:
         config: the settings.
         run_names: of the runs to combine.
-        new_name: of the run to make; or its folder, as ``./NAME``, ``/FOLDER/NAME`` or a URL.
+        new_name: of the new run; or its folder, as ``./NAME``, ``/FOLDER/NAME`` or a URL.
         ease: EASE's part, or None.
         overrides: of the command line.
 
@@ -77,7 +76,7 @@ def combine(
         The new run on rank 0; None elsewhere.
 
     Raises:
-        CheckpointError: a run has no checkpoint or another vocabulary, or the new one exists.
+        CheckpointError: a run has no checkpoint or a different vocabulary, or the new one exists.
         ConfigError: the models cannot be combined.
         InUse: another process writes the new run.
     """
@@ -86,7 +85,7 @@ def combine(
     width = sum(source.config.model.embedding_dim for source in sources)
     width += 0 if ease is None else ease.columns
     target = like.with_run_name_on_same_data(like.run.name).with_columns(width)
-    # What follows a training loop would replace the weights that are put together here.
+    # Steps after a training loop would replace the combined weights.
     loop = {"model.linear": "none", "trainer.refit_best": False}
     target = with_settings(target, loop | _place(new_name), f"--to {new_name}")
     with (
@@ -112,7 +111,7 @@ def combine(
 
 
 def _place(new_run: str) -> dict[str, str]:
-    """The settings that ``--to`` stands for: a name, or a folder too."""
+    """The settings for ``--to``: a name, or also a folder."""
     if not new_run.startswith(("/", "./", "../")) and "://" not in new_run:
         return {"run.name": new_run}
     root, _, name = new_run.rstrip("/").rpartition("/")
@@ -120,7 +119,7 @@ def _place(new_run: str) -> dict[str, str]:
 
 
 def _sources(config: Config, names: Sequence[str], overrides: Sequence[str]) -> list[_Source]:
-    """The runs of some names.
+    """Finds runs by name.
 
     Raises:
         CheckpointError: a run has no checkpoint, or their vocabularies differ.
@@ -146,10 +145,10 @@ def _sources(config: Config, names: Sequence[str], overrides: Sequence[str]) -> 
 
 
 def _check_can_be_widened(config: Config, like: Config) -> None:
-    """Refuses a model that cannot become further columns of another one's factors.
+    """Refuses a model that cannot be appended as columns to another one's factors.
 
     Raises:
-        ConfigError: the model has a deep part or no pairwise one, or its fields or their treatment
+        ConfigError: the model has a deep part or no pairwise one, or its fields or their settings
             differ from those of ``like``.
     """
     model = config.model

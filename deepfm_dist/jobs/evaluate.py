@@ -36,12 +36,12 @@ class Evaluation:
 
     Attributes:
         split: valid or test.
-        composition: what its rows are.
+        composition: description of its rows.
         rows: figures on them.
-        comparison: of rankings; None where rows have labels.
-        verdicts: how good the figures are, in words.
-        metrics_log: the file that the figures were added to; None: it cannot be written.
-        report: the page that was written; None: likewise.
+        comparison: of rankings; None if rows have labels.
+        verdicts: assessments in words.
+        metrics_log: the file with the figures; None if it could not be written.
+        report: the HTML report; None if it could not be written.
     """
 
     split: str
@@ -85,12 +85,12 @@ def measure_weights(config: Config, weights: Path, world: World) -> dict[str, fl
     """Measures another run's weights on the held-out rows of this one. All ranks.
 
     Args:
-        config: the settings of the run whose rows they are.
-        weights: folder of the other run, whose ids this one's dataset extends.
+        config: the settings of the run with the rows.
+        weights: folder of the other run; this run's dataset must extend its ids.
         world: the ranks.
 
     Returns:
-        The figures of rows and, of implicit data, of the ranking, on rank 0; None elsewhere.
+        The figures on rows and, for implicit data, of the ranking, on rank 0; None elsewhere.
 
     Raises:
         CheckpointError: either run has no complete checkpoint, or the dataset does not extend the
@@ -105,7 +105,7 @@ def measure_weights(config: Config, weights: Path, world: World) -> dict[str, fl
 
 
 def _usable_parts(config: Config) -> Sequence[str]:
-    """Which checkpoints of a finished run may be measured.
+    """The parts of a finished run that may be measured.
 
     Raises:
         ConfigError: the requested checkpoint was trained on the rows held out here.
@@ -122,7 +122,7 @@ def _usable_parts(config: Config) -> Sequence[str]:
 
 
 def _knows_validation(config: Config) -> bool:
-    """Whether what users did in validation rows is known."""
+    """Whether validation rows count as known."""
     known = config.evaluate.split == "test" and config.evaluate.validation_known
     return known and config.data.split.method != "users"
 
@@ -134,7 +134,7 @@ def _measure(
     baselines: Mapping[str, Baseline],
     reference: str | None,
 ) -> tuple[Measured | None, Comparison | None]:
-    """Figures of rows and of rankings, on rank 0. All ranks."""
+    """Measures rows and rankings; figures on rank 0. All ranks."""
     split, dataset = config.evaluate.split, trained.dataset
     _check_not_empty(dataset, split)
     if _knows_validation(config):
@@ -197,7 +197,7 @@ def _report(
     config: Config, trained: LoadedModel, measured: Measured, comparison: Comparison | None
 ) -> Evaluation:
     """Logs the figures and writes the page. Rank 0."""
-    from deepfm_dist.report.page import Report, write_page  # draws: slow to import
+    from deepfm_dist.report.page import Report, write_page  # slow to import
 
     split, rows, cutoffs = config.evaluate.split, measured.figures, config.evaluate.k
     logged = {name: getattr(comparison, name) for name in LOGGED} if comparison else {}
@@ -246,7 +246,7 @@ def _report(
 
 
 def _settings_shown(trained: LoadedModel) -> str:
-    """YAML of the run's settings, and of those that the command has in place of them."""
+    """YAML of the run's settings, and of settings overridden by this evaluation."""
     ours, text = trained.config.model_dump(mode="json"), ""
     changed = {
         section: different
@@ -264,7 +264,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any
 
 
 def _baselines(config: Config) -> dict[str, Baseline]:
-    """The baselines that the configuration names.
+    """The configured baselines.
 
     Raises:
         ConfigError: one needs a library that is not installed.

@@ -45,17 +45,17 @@ from deepfm_dist.storage import is_remote
 
 MAX_FILE_BYTES = 5_000_000_000
 CHECKED_ROWS = 256
-"""Rows that an exported graph is compared on with the model."""
+"""Number of rows for comparing an exported graph with the model."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Export:
-    """A model that was exported.
+    """An exported model.
 
     Attributes:
         folder: of its files.
-        n_tensors: number of tensors, those of the tables included.
+        n_tensors: number of tensors, including the tables.
         n_tables: number of embedding tables.
     """
 
@@ -69,8 +69,8 @@ def export(run: RunOnDisk, folder: Path | None = None, max_file_bytes: int | Non
 
     Args:
         run: the run.
-        folder: where to, which may hold an earlier export; None: ``export`` of the run.
-        max_file_bytes: bytes of weights in one file; None: `MAX_FILE_BYTES`.
+        folder: the target; an earlier export there is replaced; None: ``export`` of the run.
+        max_file_bytes: maximum bytes of weights per file; None: `MAX_FILE_BYTES`.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -88,10 +88,10 @@ def export(run: RunOnDisk, folder: Path | None = None, max_file_bytes: int | Non
 
 def _write_data(run: RunOnDisk, folder: Path, **more: Any) -> None:
     """Writes everything besides the weights: vocabularies, entities and ``config.json``."""
-    if targets := run.dataset.manifest.targets:  # logits are in their order
+    if targets := run.dataset.manifest.targets:  # in the order of the logits
         more["targets"] = list(targets)
     copy_vocabularies(run.dataset, folder)
-    write_entities(run.dataset.with_validation(), folder)  # as `predict` knows users
+    write_entities(run.dataset.with_validation(), folder)  # like `predict`
     write_config(
         folder,
         run=run.config.run.name,
@@ -104,7 +104,7 @@ def _write_data(run: RunOnDisk, folder: Path, **more: Any) -> None:
 
 @dataclass(frozen=True)
 class GraphExport:
-    """A scoring graph that was exported.
+    """An exported scoring graph.
 
     Attributes:
         file: of the graph.
@@ -134,11 +134,11 @@ def export_graph(
         overrides: of the command line.
         kind: onnx or aoti.
         precision: of the tables.
-        folder: where to, which may hold an earlier export; None: ``export-<kind>`` of the run.
+        folder: the target; an earlier export there is replaced; None: ``export-<kind>`` of the run.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
-        DeepFMError: the graph's logits are not the model's, or the model cannot be exported.
+        DeepFMError: the graph's logits differ from the model's, or the model cannot be exported.
         EnvironmentProblem: a library or a compiler is missing.
     """
     check_tools(kind)
@@ -184,7 +184,7 @@ def _graph_of(trained: LoadedModel, precision: Precision) -> ScoringGraph:
 
 
 def _batch_to_check(dataset: PreparedDataset) -> Batch:
-    """Rows of random users, items and context, unknown ones included."""
+    """Rows of random users, items and context, including unknown ones."""
     manifest, rng = dataset.manifest, np.random.default_rng(dataset.manifest.seed)
     n = CHECKED_ROWS
     entities = {
@@ -201,7 +201,7 @@ def _batch_to_check(dataset: PreparedDataset) -> Batch:
 def up_to_date_export(run: RunOnDisk) -> Path:
     """The folder of the run's export; exports first unless one of this checkpoint exists.
 
-    That of a run behind a URL is in `RunConfig.cache_root`, as the copy of its dataset is.
+    For a remote run it is in `RunConfig.cache_root`, like the copy of its dataset.
     """
     folder = export_folder_of(run)
     if is_remote(run.config.run_dir):
@@ -213,7 +213,7 @@ def up_to_date_export(run: RunOnDisk) -> Path:
 
 
 def export_folder_of(run: RunOnDisk) -> Path:
-    """Where a run is exported to by default."""
+    """The default export folder of a run."""
     return run.config.output_dir / "export"
 
 

@@ -1,4 +1,4 @@
-"""Makes a run of a notebook's DeepFM."""
+"""Imports a notebook's DeepFM as a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from deepfm_dist.runs.trained import open_dataset
 
 @dataclass(frozen=True)
 class Imported:
-    """Weights that were imported.
+    """Imported weights.
 
     Attributes:
         checkpoint: the folder that holds them.
@@ -32,21 +32,21 @@ class Imported:
 def import_weights(
     config: Config, file: Path, id_files: Mapping[str, Path], fields: str | None = None
 ) -> Imported | None:
-    """Prepares the data if need be, and makes a checkpoint of a notebook's weights. All ranks.
+    """Prepares the data if necessary, and saves a notebook's weights as a checkpoint. All ranks.
 
     Args:
-        config: of the run to make.
-        file: state dict that ``torch.save`` wrote.
+        config: of the new run.
+        file: state dict written by ``torch.save``.
         id_files: by field, a file of its ids in the notebook's order.
-        fields: names in the notebook's order, between commas; None: as in ``data.features``.
+        fields: names in the notebook's order, comma-separated; None: as in ``data.features``.
 
     Returns:
         The checkpoint on rank 0; None elsewhere.
 
     Raises:
         CheckpointError: the file cannot be read, or the run has checkpoints already.
-        ConfigError: the settings are of another model.
-        DataError: the data cannot be prepared, or their ids do not fit the weights.
+        ConfigError: the settings differ from the notebook's model.
+        DataError: the data cannot be prepared, or its ids do not match the weights.
         InUse: another process writes the run.
     """
     weights = read_weights(file)

@@ -1,4 +1,4 @@
-"""A run whose weights were computed, not trained."""
+"""Saves computed weights as a new run."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -26,16 +26,16 @@ def save_new_run(
     step: int = 0,
     more: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
-    """Saves a model as the only checkpoint of a run, which training can continue. All ranks.
+    """Saves a model as the only checkpoint of a run; training can resume from it. All ranks.
 
     Args:
         config: of the run.
         manifest: of its data.
         world: the ranks.
         sharded: the model.
-        optimizer: as training would start with it.
-        step: that the checkpoint counts as.
-        more: for the checkpoint's marker, in place of what a new run has there.
+        optimizer: in its initial state.
+        step: of the checkpoint.
+        more: entries that replace those of a new run in the checkpoint's marker.
 
     Returns:
         The checkpoint's folder.

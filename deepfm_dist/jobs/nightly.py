@@ -1,4 +1,4 @@
-"""One night: trains on a day's log, compares with the model in use, promotes the better one.
+"""The nightly job: trains on a day's log, compares with the model in use, promotes the better one.
 
 All nights of ``run.name=mine`` are in one folder::
 
@@ -7,8 +7,8 @@ All nights of ``run.name=mine`` are in one folder::
     runs/mine/nights/2026-11-30.json   what a night did so far
     runs/mine/nights.csv            a line per night
 
-Every step can be repeated: training resumes, or finds that it is over; figures are measured again;
-the pointer is replaced atomically. A night that was killed is finished by the same command.
+Every step can be repeated: training resumes or is already finished; figures are measured again; the
+pointer is replaced atomically. Rerunning the command completes an interrupted night.
 """
 
 import csv
@@ -57,21 +57,21 @@ from deepfm_dist.training.state import is_lower_better
 log = logging.getLogger(__name__)
 _NIGHTS = "nights"
 _ORPHAN_S = 15.0
-"""Seconds to wait for the lock of a night that was killed: its other ranks take a while to end."""
+"""Seconds to wait for the lock of a killed night: its other ranks take some time to exit."""
 
 
 @dataclass(frozen=True)
 class Night:
-    """What a night did.
+    """The record of a night.
 
     Attributes:
-        day: whose log was new, as ``YYYY-MM-DD``.
-        previous: the day of the model in use before; None: there was none.
-        metric: the figure that decides.
+        day: day of the new log, as ``YYYY-MM-DD``.
+        previous: day of the previous model in use; None if there was none.
+        metric: the deciding figure.
         figure: of the new model, on the day's held-out rows.
-        previous_figure: of the model in use before, on the same rows.
-        promoted: whether the new model is in use now.
-        report: the page of the new model's figures.
+        previous_figure: of the previous model, on the same rows.
+        promoted: whether the new model was promoted.
+        report: the new model's report.
     """
 
     day: str
@@ -84,7 +84,7 @@ class Night:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left to decide."""
+        """Whether the night is complete."""
         return self.promoted is not None
 
 
@@ -92,7 +92,7 @@ class Nights:
     """The folder of all nights of a configuration. Rank 0.
 
     Args:
-        config: the configuration, whose ``run.name`` is that of the folder.
+        config: the configuration; ``run.name`` is the name of the folder.
     """
 
     def __init__(self, config: Config) -> None:
@@ -110,7 +110,7 @@ class Nights:
             return follow_pointer(self.pointer).name if self.pointer.is_file() else None
 
     def read(self, day: str) -> Night | None:
-        """What a night has recorded; None: it has not begun."""
+        """The record of a night; None if it has not started."""
         path = self.record(day)
         with write_errors_to_user(path):
             return _read(path) if path.is_file() else None
@@ -129,14 +129,14 @@ class Nights:
                 file.write_text(text.getvalue())
 
     def promote(self, day: str) -> None:
-        """Makes a day's model the one in use; readers see the old or the new one."""
+        """Puts a day's model in use, atomically."""
         with write_errors_to_user(self.pointer), atomic_write(self.pointer) as file:
             file.write_text(f"{day}\n")
 
     def delete_old(self, keep: int) -> list[str]:
         """Deletes runs and datasets of old nights.
 
-        The model in use and its predecessor are kept, however old.
+        The model in use and its predecessor are always kept.
 
         Args:
             keep: number of latest nights.
@@ -169,7 +169,7 @@ class Nights:
 
 
 def _read(path: Path) -> Night:
-    """A recorded night.
+    """Reads a record.
 
     Raises:
         DataError: the file is damaged or of another version.
@@ -185,18 +185,18 @@ def nightly(config: Config, day: date) -> Night | None:
 
     Args:
         config: the settings, with places for the day in the names of files.
-        day: whose log is new.
+        day: of the new log.
 
     Returns:
-        What was done on rank 0; None elsewhere, and where a signal stopped it: the same command
-        continues it.
+        The record on rank 0; None elsewhere, or if a signal stopped it: rerun the same command to
+        continue.
 
     Raises:
-        ConfigError: no file is named by its day, held-out rows could be those that the model in use
-            was trained on, a later day has been trained, or the run in use is missing.
+        ConfigError: no file name contains the day, held-out rows could overlap training rows of the
+            model in use, a later day was trained, or the run in use is missing.
         DataError: the day's log is missing or has no rows.
-        InUse: another process does this.
-        DeepFMError: as training and evaluation do.
+        InUse: another process is running a night.
+        DeepFMError: training or evaluation failed.
     """
     check_settings(config)
     nights = Nights(config)
@@ -207,7 +207,7 @@ def nightly(config: Config, day: date) -> Night | None:
         assert begun is not None
         night = begun
         if not begun.is_over:
-            # The settings are rank 0's on all ranks: files may appear meanwhile.
+            # All ranks use rank 0's settings, since files may appear in the meantime.
             made = world.run_on_rank0(
                 "settings", lambda: settings_of_day(config, day, begun.previous)
             )
@@ -220,11 +220,11 @@ def nightly(config: Config, day: date) -> Night | None:
 
 
 def check_settings(config: Config) -> None:
-    """Looks for what would go wrong every night.
+    """Checks for errors that would recur every night.
 
     Raises:
-        ConfigError: no file is named by its day, or held-out rows could be those that the model in
-            use was trained on.
+        ConfigError: no file name contains the day, or held-out rows could overlap training rows of
+            the model in use.
     """
     split, file = config.data.split, config.data.interactions.file
     held_out = names_of(split.test_file) if split.test_file else ()
@@ -253,7 +253,7 @@ def settings_of_day(config: Config, day: date, previous: str | None) -> Config:
     Args:
         config: the settings of all nights.
         day: the day.
-        previous: the day of the run that it starts from; None: the first.
+        previous: the day of the run to start from; None for the first.
 
     Raises:
         DataError: the day's log is missing or empty.
@@ -271,7 +271,7 @@ def settings_of_day(config: Config, day: date, previous: str | None) -> Config:
 
 
 def _check_log(config: Config, day: date) -> None:
-    """Checks that the newest log has rows: without them, earlier days would be trained on again.
+    """Checks that the newest log has rows: otherwise earlier days would be trained again.
 
     Raises:
         DataError: it is missing or has none.
@@ -297,7 +297,7 @@ def _check_log(config: Config, day: date) -> None:
 
 
 def _filled_in(tree: Any, config: Config, day: date) -> Any:
-    """Settings with the places for the day in names of files filled in.
+    """Settings with the day placeholders in file names filled in.
 
     Missing logs of earlier days are skipped: the first nights have none.
     """
@@ -331,12 +331,12 @@ def _names(files: Any, config: Config, day: date) -> Any:
 
 
 def _with_name(world: World, name: str) -> World:
-    """The same ranks: names that one job uses in the store must not be seen in the next."""
+    """The same ranks with a separate store prefix, so that jobs do not see each other's keys."""
     return replace(world, store=PrefixStore(name, world.store))
 
 
 def _begin(config: Config, nights: Nights, day: str) -> Night:
-    """What the night has recorded, or a new record. Rank 0."""
+    """The existing record of the night, or a new one. Rank 0."""
     night, current = nights.read(day), nights.current
     if current is not None:
         _check_is_day(nights, current)
@@ -363,10 +363,10 @@ def _begin(config: Config, nights: Nights, day: str) -> Night:
 
 
 def _check_is_day(nights: Nights, name: str) -> None:
-    """Checks the name of the run in use, which a person may have written.
+    """Checks the name of the run in use, which may have been edited by hand.
 
     Raises:
-        ConfigError: it is no day.
+        ConfigError: it is not a day.
     """
     try:
         date.fromisoformat(name)
@@ -378,7 +378,7 @@ def _check_is_day(nights: Nights, name: str) -> None:
 
 
 def _missing(config: Config, day: str) -> Path | None:
-    """What a night needs of an earlier one and is not there: its run or its dataset."""
+    """The missing run or dataset of an earlier night, if any."""
     run, dataset = config.run_dir / day, prepared_dir(config, day)
     if not complete_steps(run):
         return run
@@ -389,7 +389,7 @@ def _decide(config: Config, config_of_day: Config, night: Night, world: World) -
     """Measures both models on the day's held-out rows. All ranks.
 
     Returns:
-        The night with its figures and the decision on rank 0; as it was elsewhere.
+        The night with figures and decision on rank 0; unchanged elsewhere.
 
     Raises:
         ConfigError: ``nightly.metric`` is not measured.
@@ -428,13 +428,13 @@ def _figure(metric: str, figures: Mapping[str, float]) -> float:
 
 
 def is_no_worse(figure: float, previous: float | None, tolerance: float, metric: str) -> bool:
-    """The rule by which a model is promoted.
+    """Whether a model is promoted.
 
     Args:
         figure: of the new model.
         previous: of the model in use, if any.
         tolerance: share of the previous figure by which the new one may be worse.
-        metric: its name, which says whether lower is better.
+        metric: its name, which determines whether lower is better.
     """
     if not math.isfinite(figure):
         return False
@@ -445,7 +445,7 @@ def is_no_worse(figure: float, previous: float | None, tolerance: float, metric:
 
 
 def _warn_of_known_rows(config: Config, day: str, previous: str) -> None:
-    """Warns of held-out rows that the model in use may have been trained on. Rank 0."""
+    """Warns about held-out rows that the model in use may have been trained on. Rank 0."""
     if config.data.split.method != "temporal" or config.data.interactions.split is not None:
         return
     before = _dataset(config, previous)
@@ -464,7 +464,7 @@ def _warn_of_known_rows(config: Config, day: str, previous: str) -> None:
 
 
 def _dataset(config: Config, day: str) -> PreparedDataset:
-    """The dataset of a day, or its copy on this machine."""
+    """The dataset of a day, or its local copy."""
     return PreparedDataset(local_copy(prepared_dir(config, day), config.run.cache_root))
 
 
@@ -475,7 +475,7 @@ def _times(dataset: PreparedDataset, split: str) -> npt.NDArray[np.float64]:
 
 
 def _end(config: Config, nights: Nights, night: Night) -> Night:
-    """Records the decision and carries it out. Rank 0."""
+    """Records and carries out the decision. Rank 0."""
     nights.write(night)
     if night.promoted and (nights.current or "") < night.day:
         nights.promote(night.day)

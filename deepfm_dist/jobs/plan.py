@@ -1,4 +1,4 @@
-"""Says whether a model fits a cluster, without the cluster."""
+"""Estimates whether a model fits a cluster, without the cluster."""
 
 import logging
 from collections.abc import Mapping
@@ -22,17 +22,17 @@ def plan(
     local_world_size: int,
     hbm_bytes: int,
 ) -> Plan:
-    """Adds up what training needs of each GPU's memory and of the network.
+    """Estimates the memory per GPU and the network traffic of training.
 
     Args:
         config: the settings.
-        rows: rows by table, as `hypothetical_manifest` takes them.
-        world_size: GPUs.
-        local_world_size: GPUs of a machine.
-        hbm_bytes: memory of a GPU.
+        rows: rows by table, see `hypothetical_manifest`.
+        world_size: number of GPUs.
+        local_world_size: GPUs per machine.
+        hbm_bytes: memory per GPU.
 
     Raises:
-        ConfigError: a table's rows are not known, or a setting is not for GPUs.
+        ConfigError: a table's rows are unknown, or a setting does not apply to GPUs.
     """
     config = _with_choices(config)
     world = hypothetical_world(world_size, local_world_size)
@@ -65,16 +65,15 @@ def _with_choices(config: Config) -> Config:
 
 
 def hypothetical_manifest(config: Config, rows: Mapping[str, int]) -> Manifest:
-    """The manifest of data with the given rows, as far as building the model needs it.
+    """A manifest of data with the given rows, complete enough for building the model.
 
     Args:
-        config: names the fields.
-        rows: rows by table. Those of a prepared dataset, where there is one, fill the gaps, and
-            what the configuration says of hashed tables and buckets.
+        config: defines the fields.
+        rows: rows by table. Missing ones are taken from the prepared dataset, if there is one, or
+            from settings of hashed tables and buckets.
 
     Raises:
-        ConfigError: a table's rows or the length of vectors are not known, or an unknown table is
-            named.
+        ConfigError: a table's rows or the length of vectors are unknown, or there is no such table.
     """
     readers: dict[str, list[str]] = {}
     known: dict[str, int] = {}

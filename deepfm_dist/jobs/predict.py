@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Predictions:
-    """Scores that were written.
+    """Written predictions.
 
     Attributes:
         path: the parquet file, or the folder of its parts.
-        rows: their number.
+        rows: number of rows.
     """
 
     path: Path
@@ -53,7 +53,7 @@ def predict(
         source: path or URL of the file.
         target: the parquet file to write; None: ``predictions.parquet`` of the run.
         overrides: of the command line.
-        parts: a folder or URL for Parquet parts, which each rank writes itself, instead.
+        parts: a folder or URL for Parquet parts instead; each rank writes its own.
 
     Returns:
         What was written on rank 0; None elsewhere.
@@ -95,7 +95,7 @@ def predict(
 def _inputs(
     trained: LoadedModel, dataset: PreparedDataset, source: str, odds: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What scores depend on, as JSON values."""
+    """Everything that scores depend on, as JSON values."""
     folder, _, name = source.rpartition("/")
     if "://" not in source:
         folder, name = "/", str(Path(source).absolute())

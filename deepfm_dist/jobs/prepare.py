@@ -1,6 +1,6 @@
 """Turns input files into a prepared dataset.
 
-It does so without torch, which takes longer to load than many datasets to prepare.
+It does not import torch, which takes longer than preparing many datasets.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ def prepare(
 
     Args:
         config: what to prepare.
-        threads: that share the work; default: as many as there are cores.
-        build: does the work instead of threads; see `deepfm_dist.data.preparation.local.prepare`.
+        threads: number of threads; default: one per core.
+        build: replaces threads; see `deepfm_dist.data.preparation.local.prepare`.
         destination: where the dataset goes, if not below ``run.prepared_root``.
 
     Returns:
@@ -37,8 +37,8 @@ def prepare(
 
     Raises:
         ConfigError: a setting does not fit the data.
-        DataError: an input file cannot be used, or runs need the dataset that is there.
-        InUse: another process trains on the dataset that is there, or writes it.
+        DataError: an input file cannot be used, or runs need the existing dataset.
+        InUse: another process trains on the existing dataset, or writes it.
     """
     manifest = _prepare(config, partial(_before_replacing, config), threads, build, destination)
     warn_of_labels(manifest)
@@ -46,7 +46,7 @@ def prepare(
 
 
 def dry_run(config: Config) -> DryRun:
-    """What the configuration makes of the first rows; writes nothing into the dataset's folder.
+    """Previews the first rows; writes nothing into the dataset's folder.
 
     Raises:
         ConfigError: a setting does not fit the data.
@@ -57,11 +57,11 @@ def dry_run(config: Config) -> DryRun:
 
 
 def prepare_locked(config: Config) -> Manifest:
-    """Prepares the data in this process alone, which holds the run's lock. Rank 0.
+    """Prepares the data while this process holds the run's lock. Rank 0.
 
     Raises:
         ConfigError: a setting does not fit the data.
-        DataError: an input file cannot be used, or runs need the dataset that is there.
+        DataError: an input file cannot be used, or runs need the existing dataset.
         InUse: another process writes the dataset.
     """
     from deepfm_dist.runs.folder import before_replacing
@@ -81,7 +81,7 @@ def _prepare(
         copy = copy_path(folder, cache)
         if Manifest.is_given(folder):
             local_copy(folder, cache)
-        elif Manifest.is_given(copy):  # of what was there before
+        elif Manifest.is_given(copy):  # an earlier dataset's
             delete_tree(copy)
         folder, destination = copy, folder
     return encode.prepare(
@@ -99,7 +99,7 @@ def _prepare(
 
 
 def _earlier(config: Config) -> Path | None:
-    """The dataset of ``data.vocabulary_from`` on this machine."""
+    """Local folder of the dataset ``data.vocabulary_from``."""
     if config.data.vocabulary_from is None:
         return None
     return local_copy(folder_of(config.data.vocabulary_from), config.run.cache_root)

@@ -54,8 +54,8 @@ class RankingJob:
         world: the ranks.
         trained: the run's model.
         folder: where the results go.
-        name: of the results there, without an ending; this process holds their lock.
-        in_parts: whether they are a folder of parts instead of one file.
+        name: of the results, without suffix; this process holds their lock.
+        in_parts: whether to write a folder of parts instead of one file.
     """
 
     world: World
@@ -76,10 +76,10 @@ class RankingJob:
 
     @property
     def cold_items(self) -> ColdItems:
-        """What becomes of items without training rows.
+        """How to treat items without training rows.
 
         Raises:
-            ConfigError: as `cold_items_to_rank`.
+            ConfigError: see `cold_items_to_rank`.
         """
         config = self.trained.config
         return cold_items_to_rank(
@@ -87,7 +87,7 @@ class RankingJob:
         )
 
     def result(self, files: RankingFiles | None) -> Rankings | None:
-        """The job's result: on rank 0 what was written; None elsewhere."""
+        """The job's result on rank 0; None elsewhere."""
         return None if files is None else Rankings(files, self.trained.dataset)
 
 

@@ -21,7 +21,7 @@ def similar(
         config: the settings.
         overrides: of the command line.
         output: the parquet file; None: in the run's folder, see `LoadedModel.output`.
-        parts: a folder or URL for Parquet parts, which each rank writes itself, instead.
+        parts: a folder or URL for Parquet parts instead; each rank writes its own.
 
     Returns:
         What was written on rank 0; None elsewhere.

@@ -47,16 +47,17 @@ OnValidation = Callable[[Mapping[str, float], int], None]
 """Called on all ranks with the figures of every validation and its epoch."""
 
 _RESTART_S = 150.0
-"""Seconds for which a restarted process waits for the lock of the one before it: a network mount
-may keep that of a lost machine for a while."""
+"""Seconds that a restarted process waits for its predecessor's lock: a network mount may hold a
+lost machine's lock for some time.
+"""
 _ORPHAN_S = 15.0
-"""The same for others: the ranks of a launcher that was killed need some seconds to end."""
+"""The same for other processes: ranks of a killed launcher need some seconds to exit."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run that was trained.
+    """The result of training.
 
     Attributes:
         state: of the loop.
@@ -68,11 +69,11 @@ class Trained:
 
 
 def train(config: Config) -> Trained:
-    """Trains a run on the ranks that a launcher has started, or in this process. All ranks.
+    """Trains a run on the launcher's ranks, or in this process. All ranks.
 
     Raises:
-        CheckpointError: the checkpoint to continue from is missing or damaged.
-        ConfigError: a setting does not fit the data, the device or the run that is there.
+        CheckpointError: the checkpoint to resume from is missing or damaged.
+        ConfigError: a setting does not fit the data, the device or the existing run.
         DataError: the data cannot be prepared.
         InUse: another process trains this run.
         NonFiniteLoss: the loss stayed NaN or infinite.
@@ -82,7 +83,7 @@ def train(config: Config) -> Trained:
 
 
 def train_on(config: Config, world: World, on_validation: OnValidation | None = None) -> Trained:
-    """Trains a run in a process group that exists. All ranks.
+    """Trains a run in an existing process group. All ranks.
 
     Args:
         config: the settings.
@@ -90,8 +91,8 @@ def train_on(config: Config, world: World, on_validation: OnValidation | None = 
         on_validation: it may raise `Pruned`, on all ranks.
 
     Raises:
-        Pruned: as ``on_validation`` did; the checkpoint being saved is complete by then.
-        DeepFMError: as `train` does.
+        Pruned: raised by ``on_validation``; checkpoints are complete by then.
+        DeepFMError: see `train`.
     """
     trainer = config.trainer.on_ranks(world.world_size)
     config = config.model_copy(update={"trainer": trainer})
@@ -101,7 +102,7 @@ def train_on(config: Config, world: World, on_validation: OnValidation | None = 
 
 
 def _train_locked(config: Config, world: World, on_validation: OnValidation | None) -> Trained:
-    """`train_on`, while this process holds the run's lock."""
+    """`train_on` while rank 0 holds the run's lock."""
     saved = world.broadcast(world.run_on_rank0("prepare", lambda: (_prepare(config),)))
     assert saved is not None
     dataset = open_dataset(config, world)
@@ -134,7 +135,7 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
     if world.is_first:
         warn_of_numbers(manifest)
         warn_of_labels(manifest)
-    # Signals are held from here on: a run that has yet to continue takes a step first.
+    # From here on signals are deferred: a resumed run takes at least one step.
     with StopSignals() as asked_to_stop:
         run = _Run(
             config=config,
@@ -165,7 +166,7 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
 def _with_something_held_out(
     config: Config, dataset: PreparedDataset, world: World
 ) -> PreparedDataset:
-    """What the loop trains on: ``trainer.hold_out`` keeps some items for validation."""
+    """The dataset with items held out for validation by ``trainer.hold_out``."""
     if not config.trainer.hold_out:
         return dataset
     dataset = hold_out(dataset, config.trainer.hold_out)
@@ -192,13 +193,13 @@ def _finish(
     state: LoopState,
     choices: Sequence[Choice],
 ) -> bool:
-    """What follows the loop; whether it was done, and not stopped by a signal."""
+    """Runs the steps after the loop; False if a signal stopped them."""
     with StopSignals() as asked_to_stop:
         return Finish(config, world, dataset, state, choices, asked_to_stop).run()
 
 
 def _prepare(config: Config) -> dict[str, Any] | None:
-    """Prepares the data; returns the settings that the run takes over from an earlier one."""
+    """Prepares the data; returns the settings inherited from an earlier run."""
     settings = inherited_settings(config)
     prepare_locked(config)
     return settings
@@ -206,7 +207,7 @@ def _prepare(config: Config) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class _Run:
-    """A run that is about to train. All ranks call every method.
+    """A run ready to train. All ranks call every method.
 
     Attributes:
         config: the settings.
@@ -214,7 +215,7 @@ class _Run:
         dataset: the data.
         sharded: the model.
         optimizer: its optimizer.
-        state: of the loop, which training updates.
+        state: of the loop; updated by training.
         choices: what was chosen from the data.
     """
 
@@ -227,7 +228,7 @@ class _Run:
     choices: list[Choice]
 
     def make_ready(self, start: Start) -> None:
-        """Makes the run's folder ready, and reads the weights that training starts from."""
+        """Prepares the run's folder and loads the initial weights."""
         config, world = self.config, self.world
         world.run_on_rank0("make_ready", lambda: make_ready(config, start))
         if world.is_first:
@@ -240,7 +241,7 @@ class _Run:
             read_start(start.saved, config, self.dataset, world, self.sharded, self.optimizer)
 
     def put_first_order(self) -> None:
-        """Makes a logistic regression the start."""
+        """Initialises first-order weights from a logistic regression."""
         choice = first_order.put_first_order(self.dataset, self.sharded, self.world)
         self.choices[:] = with_choice(self.choices, choice)
 
@@ -273,17 +274,17 @@ class _Run:
         with closing(metrics):
             try:
                 trainer.fit()
-            except (NonFiniteLoss, Pruned, ConfigError):  # all ranks raise these: they can wait
+            except (NonFiniteLoss, Pruned, ConfigError):  # all ranks raise these, so they can wait
                 checkpoints.close()
                 raise
             checkpoints.close()
 
     def _save(self, checkpoints: Checkpoints, metrics: MetricsLog, state: LoopState) -> None:
         metrics.flush()
-        # The best one, that of a longer run, and the last before steps were skipped.
+        # Keep the best one, the best one before an end that was extended, and the last good one.
         kept = [state.best_step, (state.before_end or state.best_state)[1], state.saved_step]
         if self.config.model.linear == "logistic":
-            kept.append(0)  # the fitted start, which the best one is weighed against
+            kept.append(0)  # the fitted start, to be blended with the best one
         marker = {
             **self.dataset.manifest.marks,
             "config": self.config.model_dump(mode="json"),
@@ -292,5 +293,5 @@ class _Run:
         }
         steps = [step for step in kept if step is not None]
         if not state.step:
-            make_state(self.optimizer)  # of which there is none before the first step
+            make_state(self.optimizer)  # the state is created at the first step otherwise
         checkpoints.save(state.step, self.sharded, self.optimizer, marker, steps)

@@ -22,20 +22,20 @@ from deepfm_dist.training.trainer import Pruned
 
 log = logging.getLogger(__name__)
 WAIT_S = 2.0
-"""Seconds between two checks for trials whose process is lost."""
+"""Seconds between checks for trials whose process is lost."""
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """A search whose trials are over, or open in other processes.
+    """The state of a search.
 
     Attributes:
-        study: the file that records it.
-        monitor: the figure that trials are compared by.
-        trials: those that are over.
+        study: its file.
+        monitor: the figure to compare trials by.
+        trials: finished trials.
         best: the best complete trial, or None if no trial is complete.
-        best_config: the configuration file that was written for it.
-        n_open: trials that are open in other processes.
+        best_config: its configuration file.
+        n_open: number of trials open in other processes.
     """
 
     study: Path
@@ -47,19 +47,19 @@ class SearchResult:
 
 
 def tune(config: Config, wait: bool = False) -> SearchResult | None:
-    """Trains trial after trial, and writes the best one's settings. All ranks.
+    """Trains trials, and writes the best one's settings. All ranks.
 
     Args:
         config: the settings.
-        wait: whether to wait for trials that are open in other processes, and to take over those
-            whose process is lost.
+        wait: whether to wait for trials open in other processes, and to take over those whose
+            process is lost.
 
     Returns:
-        The search on rank 0; None elsewhere, and where a signal stopped it: the same command
-        resumes it.
+        The search on rank 0; None elsewhere, or if a signal stopped it: rerun the same command to
+        resume.
 
     Raises:
-        ConfigError: nothing can be searched, or the study is of another search.
+        ConfigError: there is nothing to search, or the study is of another search.
     """
     check_search(config)
     with process_group(*config.run.process_group) as world:
@@ -78,7 +78,7 @@ def tune(config: Config, wait: bool = False) -> SearchResult | None:
 
 
 def search_result(config: Config) -> SearchResult:
-    """What a search has found so far; writes the best trial's settings.
+    """The result of a search so far; writes the best trial's settings.
 
     Raises:
         ConfigError: the study is of another search.
@@ -87,12 +87,12 @@ def search_result(config: Config) -> SearchResult:
 
 
 def search_folder(config: Config) -> Path:
-    """Where the study and its trials' runs are."""
+    """Folder of the study and its trials' runs."""
     return config.run_dir / "tune"
 
 
 def _next(search: Search, config: Config, wait: bool) -> Trial | None:
-    """What to try next. Rank 0."""
+    """The next trial. Rank 0."""
     while (trial := search.next(config.tune.trials)) is None and wait and search.n_elsewhere():
         time.sleep(WAIT_S)
     return trial
@@ -112,7 +112,7 @@ def _run_trial(
         "run.name": trial.name,
         "data.name": config.data.name or config.run.name,
         "trainer.monitor": monitor,  # the same metric for all trials, even if their losses differ
-        "trainer.refit_best": False,  # a trial ends when it has been compared
+        "trainer.refit_best": False,  # a trial ends after its comparison
     }
     if config.data.task == "implicit":
         shared["model.linear"] = "none"
@@ -121,20 +121,20 @@ def _run_trial(
         if world.broadcast(search is not None and search.report(epoch, figures[monitor])):
             raise Pruned
 
-    # Names that ranks use in the store in one trial must not be seen in the next.
+    # A store prefix per trial, so that trials do not see each other's keys.
     own_store = replace(world, store=PrefixStore(trial.name, world.store))
     try:
         result = train_on(with_settings(config, trial.values | shared), own_store, on_validation)
     except Pruned:
         return "pruned", None
-    except (NonFiniteLoss, ConfigError) as error:  # settings that do not go together, too
+    except (NonFiniteLoss, ConfigError) as error:  # including incompatible settings
         log.warning("%s", error)
         return "failed", None
     return ("stopped", None) if result.stopped else ("complete", result.state.best)
 
 
 def _keep_best(config: Config, search: Search, trial: Trial, outcome: str) -> None:
-    """Logs a trial that is over, and deletes the checkpoints of all but the best. Rank 0."""
+    """Logs a finished trial, and deletes the checkpoints of all but the best. Rank 0."""
     for past in search.past():
         if past.name == trial.name:
             log.info("%s: %s, %s %s", past.name, outcome, config.monitor, past.best)
@@ -157,10 +157,10 @@ def _result(config: Config, search: Search) -> SearchResult:
 
 
 def check_search(config: Config) -> None:
-    """Looks for what keeps a search from starting.
+    """Checks whether a search can start.
 
     Raises:
-        ConfigError: nothing is to be varied or watched, or the folder is behind a URL.
+        ConfigError: there is nothing to vary or to monitor, or the folder is remote.
     """
     if is_remote(search_folder(config)):
         raise ConfigError(
@@ -189,7 +189,7 @@ def _open_search(config: Config) -> Search:
     """The search that the configuration describes.
 
     Raises:
-        ConfigError: the study cannot be continued.
+        ConfigError: the study cannot be resumed.
     """
     return Search(
         search_folder(config),
@@ -201,7 +201,7 @@ def _open_search(config: Config) -> Search:
 
 
 def _check_space(config: Config) -> None:
-    """Checks the bounds of each varied setting, and a fraction where numbers need not be whole.
+    """Checks the bounds of each varied setting, and a fraction in between for floats.
 
     Raises:
         ConfigError: a setting is unknown or cannot have such a value.

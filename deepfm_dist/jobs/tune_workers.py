@@ -1,4 +1,4 @@
-"""A search by several processes of this machine, each of which trains one trial at a time."""
+"""A search by several processes on this machine, each training one trial at a time."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ from deepfm_dist.storage import write_errors_to_user
 log = logging.getLogger(__name__)
 
 MAX_STARTS = 10
-"""Number of times that a worker is started at most, the first time included."""
+"""Maximum number of starts of a worker, including the first."""
 _POLL_S = 0.2
 
 
@@ -34,17 +34,17 @@ def tune_by_workers(
 
     Args:
         config: the settings.
-        arguments: of the command line that each worker gets.
+        arguments: of each worker's command line.
         n_workers: number of workers on this machine.
-        n_ranks: processes that train a trial together; torchrun starts them if there are several.
+        n_ranks: number of processes per trial; torchrun starts them if there are several.
 
     Returns:
-        The search; None: a signal stopped it, and the same command resumes it.
+        The search; None if a signal stopped it: rerun the same command to resume.
 
     Raises:
-        ConfigError: nothing can be searched, there are fewer GPUs than ranks, or torchrun started
-            this process.
-        DeepFMError: a worker failed, or was killed again and again.
+        ConfigError: there is nothing to search, there are fewer GPUs than ranks, or torchrun
+            started this process.
+        DeepFMError: a worker failed, or was killed repeatedly.
     """
     if read_launch().by_torchrun:
         raise ConfigError(
@@ -53,7 +53,7 @@ def tune_by_workers(
         )
     check_search(config)
     environments = _environments(config, n_workers, n_ranks)
-    prepare(config)  # once, before the workers need it
+    prepare(config)  # once, before the workers start
     with write_errors_to_user(search_folder(config)):
         search_folder(config).mkdir(parents=True, exist_ok=True)
     command = [*_launcher(n_ranks), "deepfm_dist.tune", *arguments, "--wait"]
@@ -73,9 +73,9 @@ class Worker:
         number: of the worker, from 0.
         command: what to start.
         environment: variables of the process.
-        output: file that its output is appended to.
+        output: file for its output.
         process: the latest one; None before the first start.
-        starts: number of times it was started.
+        starts: number of starts.
     """
 
     number: int
@@ -103,7 +103,7 @@ class Worker:
         return self.process.poll()
 
     def send(self, number: int) -> None:
-        """Sends the process a signal, if it still runs."""
+        """Sends the process a signal if it is running."""
         if self.process is not None and self.process.poll() is None:
             with suppress(ProcessLookupError):
                 self.process.send_signal(number)
@@ -112,10 +112,10 @@ class Worker:
 def supervise(workers: Sequence[Worker]) -> bool:
     """Runs workers to their end and restarts those that are killed.
 
-    A signal that asks this process to stop is passed on to the workers, which save their trials.
+    Signals to this process are forwarded to the workers, which save their trials.
 
     Returns:
-        Whether all are done; False: a signal stopped them.
+        Whether all are done; False if a signal stopped them.
 
     Raises:
         DeepFMError: a worker failed or was killed `MAX_STARTS` times; the others are stopped.
@@ -168,7 +168,7 @@ def _problem(worker: Worker, code: int) -> DeepFMError:
 
 
 def _signal_of(code: int) -> str | None:
-    """The signal that an exit code stands for, such as "signal 9 (SIGKILL)"; None: it is none.
+    """The signal of an exit code, such as "signal 9 (SIGKILL)"; None for other codes.
 
     Shells report a signal of a child as 128 plus its number.
     """
@@ -181,7 +181,7 @@ def _signal_of(code: int) -> str | None:
 
 @contextmanager
 def _passed_on(workers: Sequence[Worker]) -> Iterator[list[int]]:
-    """Passes signals on to workers; yields the list of those that came."""
+    """Forwards signals to workers; yields the list of received ones."""
     received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -205,7 +205,7 @@ def _launcher(n_ranks: int) -> list[str]:
 
 
 def _environments(config: Config, n_workers: int, n_ranks: int) -> list[dict[str, str]]:
-    """Variables of each worker: its own GPUs, where there are any.
+    """Environment of each worker, with its own GPUs, if any.
 
     Raises:
         ConfigError: there are fewer GPUs than ranks.

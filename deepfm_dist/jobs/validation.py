@@ -1,4 +1,4 @@
-"""Figures on the validation rows while a model trains."""
+"""Validation during training."""
 
 from collections.abc import Callable, Mapping
 
@@ -16,20 +16,20 @@ from deepfm_dist.training.metrics import of_target
 from deepfm_dist.training.state import HIGHER_IS_BETTER, LOWER_IS_BETTER
 
 MOST_USERS = 10_000
-"""Users for whom a validation ranks the catalogue, at most; of more, an evenly spaced sample."""
+"""Maximum number of users that a validation ranks for; an evenly spaced sample of more."""
 
 
 def make_validate(
     config: Config, dataset: PreparedDataset, sharded: DistributedModelParallel, world: World
 ) -> Callable[[], Mapping[str, float]] | None:
-    """Returns a function that measures the model on the validation rows; None without such rows.
+    """Makes a function that measures the model on the validation rows; None without such rows.
 
-    The catalogue is ranked too where the loss or the monitored figure is one of rankings.
+    It also ranks the catalogue if the loss or the monitored figure is one of rankings.
 
     Raises:
         ConfigError: a setting needs a monitored figure and there are no validation rows; or the
-            figure is undefined on them; or the catalogue is to be ranked and ``recommend.context``
-            lacks a field.
+            figure is undefined on them; or the catalogue is ranked and ``recommend.context`` lacks
+            a field.
     """
     if not dataset.has_validation:
         if asked := config.trainer.needs_monitor:
@@ -79,7 +79,8 @@ def check_monitor_name(config: Config) -> None:
     """Refuses a monitored figure that validation does not measure.
 
     Raises:
-        ConfigError: ``trainer.monitor`` is no validation figure, or none that tells good from bad.
+        ConfigError: ``trainer.monitor`` is not a validation figure, or not one that can be
+            optimised.
     """
     monitor = config.monitor
     figures = [*HIGHER_IS_BETTER, *LOWER_IS_BETTER]

@@ -1,4 +1,4 @@
-"""Models as columns of a wider FM, so that their logits add up."""
+"""Combines models as columns of a wider FM, whose logit is the sum of theirs."""
 
 from collections.abc import Callable, Mapping
 
@@ -17,7 +17,7 @@ from deepfm_dist.interop.combine import add_dense, add_tables, put_columns
 def shard_to_widen(
     config: Config, manifest: Manifest, world: World
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    """A model whose tables are placed alike for any width. All ranks."""
+    """A model whose tables are placed independently of their width. All ranks."""
     sharding = ShardingConfig(kind="table_wise")
     return shard_for_training(config.model_copy(update={"sharding": sharding}), manifest, world)
 
@@ -40,7 +40,7 @@ def add_model(
     """Adds a share of a model's logits, its factors from a column on. All ranks.
 
     Returns:
-        The first column behind them.
+        The first column after them.
     """
     part, whole = (deepfm_of(each).interaction_arch for each in (model, target))
     dim, width = part.embedding_dim, whole.embedding_dim

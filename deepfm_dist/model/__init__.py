@@ -1,1 +1,1 @@
-"""The mathematics; knows no rank, no file, no configuration."""
+"""The network: pure mathematics, without ranks, files or configuration."""

@@ -27,11 +27,11 @@ from deepfm_dist.model.over_arch import OverArch
 from deepfm_dist.model.targets import MLPTowers, Towers
 
 POWERS: Mapping[str, float] = {"sum": 0.0, "sqrt": 0.5, "mean": 1.0}
-"""Of the number of values, by which their sum is divided."""
+"""Exponent of the number of values in the divisor of their sum, by pooling."""
 VECTOR_FACTORS, VECTOR_FIRST_ORDER = "vector_factors_", "vector_first_order_"
-"""What the names of a vector field's parameters begin with; the field's name follows."""
+"""Prefix of the names of a vector field's parameters, before the field's name."""
 ROW_ALIGNMENT = 4
-"""FBGEMM's kernels want rows of a multiple of 4 floats."""
+"""FBGEMM's kernels require row lengths that are multiples of 4 floats."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class Table:
 class EmbeddingArch(nn.Module):
     """One row per value: ``[embedding_dim factors | 1 first-order weight | padding]``.
 
-    One table instead of two means one lookup and one all-to-all; the price is that both share
-    initialisation and, for row-wise optimizers, the accumulator (CONTRIBUTING.md has the figures).
+    One table instead of two means one lookup and one all-to-all; in return, both share
+    initialisation and, with row-wise optimizers, the accumulator (CONTRIBUTING.md has the figures).
 
     Args:
         tables: tables by name.
         features: the fields in the order of the output.
         embedding_dim: D; 0 leaves only the first-order weight.
-        pooling: by field, how its several values become one vector: ``mean``, ``sqrt`` (their sum
-            over the root of their number) or, where it is not named, ``sum``.
+        pooling: by field, how several values become one vector: ``mean``, ``sqrt`` (sum divided by
+            the square root of their number); default: ``sum``.
         device: where the tables are; ``meta`` before sharding.
         half: whether they are stored in float16; look-ups return float32 either way.
     """
@@ -89,8 +89,8 @@ class EmbeddingArch(nn.Module):
                     num_embeddings=table.rows,
                     embedding_dim=self.row_width,
                     feature_names=list(table.features),
-                    # The mean is taken here: where row-wise and table-wise tables meet in one
-                    # collection, TorchRec 1.8 divides the table-wise ones twice.
+                    # The mean is computed here: if a collection mixes row-wise and table-wise
+                    # tables, TorchRec 1.8 divides the table-wise ones twice.
                     pooling=PoolingType.SUM,
                     data_type=DataType.FP16 if half else DataType.FP32,
                 )
@@ -111,12 +111,12 @@ class EmbeddingArch(nn.Module):
         return rows_BFW / self.divisors(sparse)[:, :, None] if self.is_divided else rows_BFW
 
     def sums(self, sparse: KeyedJaggedTensor) -> Tensor:
-        """`rows` before they are divided: the sums of their values' rows."""
+        """`rows` before division: the sums of the values' rows."""
         rows = _in_order(self.ebc(sparse), self.features)
         return rows.view(-1, len(self.features), self.row_width)
 
     def divisors(self, sparse: KeyedJaggedTensor) -> Tensor:
-        """``[B, F]`` what pooling divides the sums by."""
+        """``[B, F]`` divisors of pooling."""
         lengths_FB = sparse.lengths().view(len(self.features), -1)
         counts_BF = lengths_FB.T.to(self.power_F.dtype).clamp(min=1)
         return counts_BF.pow(self.power_F)
@@ -142,8 +142,8 @@ def _in_order(pooled: KeyedTensor, features: list[str]) -> Tensor:
 def _order_of(
     keys: tuple[str, ...], features: tuple[str, ...], columns: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `_in_order` asks of FBGEMM; `KeyedTensor.regroup` would copy it to the GPU each step."""
-    offsets = torch.arange(0, columns + 1, columns // len(keys))  # all rows are of one width
+    """FBGEMM's arguments for `_in_order`; `KeyedTensor.regroup` would copy them each step."""
+    offsets = torch.arange(0, columns + 1, columns // len(keys))  # all rows have the same width
     forth = torch.tensor([keys.index(name) for name in features])
     back = torch.tensor([features.index(name) for name in keys])
     offsets, forth, back = offsets.to(device), forth.to(device), back.to(device)
@@ -155,9 +155,9 @@ class FactorizationMachine(nn.Module):
 
     Args:
         dim: D.
-        first_order: whether the linear part counts.
+        first_order: whether to include the linear part.
         is_item_field: for each of the F fields, whether it describes the item; then only pairs of
-            an item field with another field count. None: all pairs count.
+            an item field and another field are included. None: all pairs.
 
     Source: Rendle, "Factorization Machines", 2010, eq. 1, Lemma 3.1; Guo et al., 2017, eq. 2.
     """
@@ -188,9 +188,9 @@ class FactorizationMachine(nn.Module):
         return self.with_rows(rows_BFW)[0]
 
     def with_rows(self, rows_BFW: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward`, and the rows for one other reader, whose gradient must be its own to change.
+        """`forward`, and the rows for one other consumer, which must own its gradient.
 
-        On CPU the gradients of both are then summed without a tensor for each.
+        On CPU the gradients of both are then summed in place.
         """
         if self.sides_2F is None:
             if kernels.can_take(rows_BFW):
@@ -205,7 +205,7 @@ class FactorizationMachine(nn.Module):
         return logits, rows_BFW
 
     def forward_side(self, rows_BFW: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` of the fields of one side alone, and ``[B, D]`` the sum of their factors."""
+        """`forward` for the fields of one side, and ``[B, D]`` the sum of their factors."""
         if self.sides_2F is None:
             result: tuple[Tensor, Tensor] = _Interactions.apply(  # type: ignore[no-untyped-call]
                 rows_BFW, self.dim, self.first_order
@@ -217,7 +217,7 @@ class FactorizationMachine(nn.Module):
 
 
 class _Interactions(torch.autograd.Function):
-    """The sums with their gradient in one pass; autograd would fill and add up one for each part.
+    """The sums, with their gradient in one pass; autograd would allocate and add one per part.
 
     The pairs' sum is ``1/2 sum_d ((sum_f v)^2 - sum_f v^2)``; its gradient by ``v_f`` is
     ``sum_g v_g - v_f``.
@@ -254,7 +254,7 @@ class _Interactions(torch.autograd.Function):
 
 
 class _InteractionsOnCPU(torch.autograd.Function):
-    """`_Interactions` by `kernels`; the rows pass through, and their gradient is added to."""
+    """`_Interactions` by `kernels`; the rows pass through, and their gradient is accumulated."""
 
     @staticmethod
     def forward(ctx: Any, rows_BFW: Tensor, dim: int, first_order: bool) -> tuple[Tensor, Tensor]:
@@ -287,9 +287,9 @@ class _InteractionsOnCPU(torch.autograd.Function):
 class InteractionArch(nn.Module):
     """Everything above the tables: looked-up vectors and numbers -> logits.
 
-    A numeric field is a field like the others: its factors are learned ones times the value. So is
-    a vector field ``x``, a list of numbers of the user or item: its factors are ``x P`` and its
-    first-order weight ``<x, w>``, with a learned ``P [dim, D]`` and ``w [dim]``.
+    The factors of a numeric field are learned ones times the value. Those of a vector field ``x``,
+    a list of numbers of the user or item, are ``x P``, and its first-order weight ``<x, w>``, with
+    a learned ``P [dim, D]`` and ``w [dim]``.
 
     Args:
         n_dense: number of numeric fields.
@@ -305,8 +305,8 @@ class InteractionArch(nn.Module):
 
     Attributes:
         in_bfloat16: whether the over-arch's matrix products are taken in bfloat16; off unless set.
-        scale: ``[T]`` what each of several targets multiplies the first order and the pairs by;
-            None: they count once, for one target.
+        scale: ``[T]`` factor of first order and pairs for each of several targets; None for a
+            single target.
     """
 
     def __init__(
@@ -336,7 +336,7 @@ class InteractionArch(nn.Module):
             if first_order:
                 self.dense_first_order = nn.Parameter(torch.randn(n_dense) * init_std)
         self.vectors = dict(vectors or {})
-        # By name: a run that starts from another one's weights finds its own.
+        # By name, so that a run that starts from another one's weights finds them.
         for name, length in self.vectors.items():
             factors = torch.randn(length, embedding_dim) * init_std
             if fm or over_arch is not None:
@@ -384,7 +384,7 @@ class InteractionArch(nn.Module):
         return len(self.bias)
 
     def _scaled(self, interactions_B: Tensor) -> Tensor:
-        """The first order and the pairs, ``[B]``, as the targets' logits have them."""
+        """First order plus pairs, ``[B]``, scaled for the targets."""
         if self.scale is None:
             return interactions_B
         return (
@@ -395,10 +395,10 @@ class InteractionArch(nn.Module):
 
     @torch.no_grad()
     def weighted_sum(self, weights: Sequence[float]) -> "InteractionArch":
-        """One target, in eval mode, whose logit is the weighted sum of this model's logits.
+        """A single-target model in eval mode whose logit is the weighted sum of this model's.
 
-        It shares the parameters of numeric and vector fields, and everything that computes with
-        the logits of one target takes it as it is.
+        It shares the parameters of numeric and vector fields, and works wherever a single-target
+        model does.
 
         Args:
             weights: of the T targets.
@@ -415,10 +415,10 @@ class InteractionArch(nn.Module):
 
     @torch.no_grad()
     def start_at(self, logits: Sequence[float]) -> None:
-        """Makes an untrained model predict the same for all rows, up to the size of its vectors.
+        """Initialises the model to predict the same for all rows, up to the size of its vectors.
 
         Args:
-            logits: of the targets' predictions.
+            logits: of the targets.
         """
         self.bias.copy_(torch.tensor(logits))
         if isinstance(self.over_arch, OverArch | MLPTowers):
@@ -427,12 +427,12 @@ class InteractionArch(nn.Module):
                     module.start_at_0()
 
     def autocast(self, device: str) -> AbstractContextManager[object]:
-        """To be entered for the over-arch's matrix products on a type of device."""
+        """Autocast context of the over-arch's matrix products."""
         return torch.autocast(device, torch.bfloat16) if self.in_bfloat16 else nullcontext()
 
     @property
     def constants(self) -> list[nn.Parameter]:
-        """Biases that every logit has in it alike."""
+        """Biases that are part of every logit."""
         over = self.over_arch
         if not isinstance(over, OverArch) or over.output is None:
             return [self.bias]
@@ -445,13 +445,13 @@ class InteractionArch(nn.Module):
         numeric: Tensor | None = None,
         vectors: Sequence[int] | None = None,
     ) -> list[Tensor]:
-        """What numeric and vector fields would look up in a table.
+        """Rows of numeric and vector fields, in the layout of table rows.
 
         Args:
             dense_BN: ``[B, n_dense + sum of lengths]``.
             rows_BFW: looked-up rows, whose width W the result has.
-            numeric: ``[g]`` places of the numeric fields that are wanted; None: all.
-            vectors: places of the vector fields that are wanted; None: all.
+            numeric: ``[g]`` indices of the requested numeric fields; None: all.
+            vectors: indices of the requested vector fields; None: all.
 
         Returns:
             ``[B, g, W]``, unless there is no numeric field, and ``[B, 1, W]`` for each vector.
@@ -521,14 +521,14 @@ class DeepFM(nn.Module):
             weights_B: ``[B]`` row weights; those of weight 0 do not count in batch norm.
 
         Returns:
-            ``[B]`` logits, of several targets ``[B, T]``.
+            ``[B]`` logits, or ``[B, T]`` for several targets.
         """
         rows_BFW = self.embedding_arch.rows(sparse)
         logits: Tensor = self.interaction_arch(rows_BFW, dense_BN, weights_B)
         return logits
 
     def weighted_sum(self, weights: Sequence[float]) -> "DeepFM":
-        """The model of one target that `InteractionArch.weighted_sum` makes, on the same tables."""
+        """`InteractionArch.weighted_sum` on the same tables."""
         return DeepFM(self.embedding_arch, self.interaction_arch.weighted_sum(weights))
 
 
@@ -548,7 +548,7 @@ def build_deepfm(
     vectors: Mapping[str, int] | None = None,
     n_targets: int = 1,
 ) -> DeepFM:
-    """A DeepFM, or by its switches an LR (first order alone), an FM or a DNN (over-arch alone).
+    """Builds a DeepFM or, with parts switched off, an LR, an FM or a DNN (over-arch only).
 
     Args:
         tables: embedding tables by name.
@@ -557,12 +557,12 @@ def build_deepfm(
         embedding_dim: D.
         first_order: whether the linear part counts.
         fm: whether the pairwise part counts.
-        over_arch: makes the deep part, given the length of its input; None: no deep part.
+        over_arch: builds the deep part, given the length of its input; None: no deep part.
         init_std: standard deviation of the numeric and vector fields' parameters (tables are filled
             elsewhere).
-        pooling: as `EmbeddingArch` takes it.
+        pooling: see `EmbeddingArch`.
         device: of the tables; ``meta`` before sharding.
-        half: whether tables are kept in float16.
+        half: whether tables are in float16.
         is_item_field: see `FactorizationMachine`; categorical fields first, then numeric ones, then
             vectors.
         vectors: length of each vector field by name.

@@ -12,11 +12,11 @@ from deepfm_dist.model.deepfm import DeepFM
 from deepfm_dist.model.pairs import PairScorer, Side
 
 NO_NEGATIVE = -1e30
-"""Logit of a candidate that is no negative for a user; finite, so that a user may have none."""
+"""Logit of a candidate that is not a negative; finite, so that a user may have no negatives."""
 
 
 class LabelledRows(Protocol):
-    """What a training step on rows consumes (`deepfm_dist.data.batches.batch.Batch` is one)."""
+    """The input of a training step on rows, such as `deepfm_dist.data.batches.batch.Batch`."""
 
     sparse: Any
     dense: Tensor
@@ -51,13 +51,13 @@ class UsersWithTargets(Protocol):
 
 
 class CatalogueLoss(nn.Module):
-    """How users' targets are compared with the candidates.
+    """The loss of users' targets compared with candidates.
 
     Args:
         kind: softmax or bpr.
-        scorer: of pairs; its weights are the model's, not this module's.
-        gather: joins the ranks' tensors in the order of the ranks, differentiably; default: this
-            process alone.
+        scorer: of pairs; its weights belong to the model, not to this module.
+        gather: concatenates the ranks' tensors in rank order, differentiably; default: a single
+            process.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class CatalogueLoss(nn.Module):
         self.kind, self.scorer, self.gather = kind, scorer, gather
 
     def forward(self, sums_HFW: Tensor, divisors_HF: Tensor, batch: UsersWithTargets) -> Tensor:
-        """This rank's share of the loss, ``[]``, from what was looked up and what divides it."""
+        """This rank's share of the loss, ``[]``, from looked-up sums and their divisors."""
         scorer, shared = self.scorer, batch.n_shared
         own = 0 if len(batch.target_items) else len(batch.target_users)
         users, items = scorer.sides(sums_HFW, divisors_HF, batch.dense, batch.n_users, shared + own)
-        # A user's constant is in all of its logits and cancels: what rounding leaves of its
-        # gradient would be taken for one by Adam, which divides by the size. (It is 0 and not
-        # missing: optimizers must have a state for every parameter.)
+        # A user's constant cancels in the loss. Rounding errors would remain of its gradient, and
+        # Adam, which normalises, would follow them. (It is set to 0, not removed, since optimizers
+        # need a state for every parameter.)
         constant = users.constant.detach() + 0 * users.constant
         users = replace(users, constant=constant)
         everyones = (self.gather(part[:shared])[: batch.n_candidates] for part in items.tensors)
@@ -95,15 +95,14 @@ class CatalogueLoss(nn.Module):
 
 
 class DeepFMTrain(nn.Module):
-    """The model with its loss, in the form that TorchRec's pipelines train.
+    """The model with its loss, in the form that TorchRec's pipelines expect.
 
     Args:
         model: the DeepFM.
-        target_weights: of several targets in the loss, in proportion; empty for one target.
+        target_weights: relative weights of several targets in the loss; empty for one target.
 
     Attributes:
-        catalogue_loss: what the model is trained by on batches of users; None: on batches of
-            rows, by their cross-entropy.
+        catalogue_loss: the loss on batches of users; None: cross-entropy on batches of rows.
     """
 
     target_weights_T: Tensor | None
@@ -120,16 +119,16 @@ class DeepFMTrain(nn.Module):
         """Scores a batch, in training a `UsersWithTargets` where that is the loss.
 
         Returns:
-            This rank's share of the loss, ``[]``: shares add up over the ranks to the weighted
-            mean of the global batch, and of several targets to the weighted mean of theirs; and
-            logits ``[b]`` or ``[b, T]`` of rows, None of users.
+            This rank's share of the loss, ``[]``, and logits ``[b]`` or ``[b, T]`` of rows or None
+            for users. Over the ranks, shares add up to the weighted mean of the global batch, and
+            over several targets to the weighted mean of theirs.
         """
         if self.training and self.catalogue_loss is not None:
             arch = self.model.embedding_arch
             sums_HFW, divisors_HF = arch.sums(batch.sparse), arch.divisors(batch.sparse)
             return self.catalogue_loss(sums_HFW, divisors_HF, batch), None
         logits = self.model(batch.sparse, batch.dense, batch.weights)
-        # TorchRec's pipeline traces this: what happens cannot depend on a tensor, nor on its shape.
+        # TorchRec's pipeline traces this: control flow cannot depend on tensors or their shapes.
         if self.target_weights_T is None:
             loss = weighted_bce_sum(logits, batch.labels, batch.weights) / batch.global_weight
         else:
@@ -146,14 +145,14 @@ def softmax_sum(
     known: tuple[Tensor, Tensor],
     log_expected_C: Tensor,
 ) -> Tensor:
-    """Sum of the targets' cross-entropies among the items that their user does not know.
+    """Sum of the targets' cross-entropies against the candidates that are not the user's own.
 
     Args:
         logits_T: ``[T]`` of the targets.
         logits_UC: ``[U, C]`` of the candidates.
         user_T: ``[T]`` the targets' users.
         weights_T: ``[T]``.
-        known: ``[M]`` users and ``[M]`` candidates of each that are no negatives.
+        known: ``[M]`` users and ``[M]`` candidates that are not negatives for them.
         log_expected_C: ``[C]`` log of the number of times a candidate was expected to be drawn;
             with it ``sum_c exp(z_c) / expected_c`` has the mean ``sum_i exp(z_i)`` over the items.
 
@@ -175,14 +174,14 @@ def bpr_sum(
     weights_T: Tensor,
     known: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Sum of the targets' mean losses over the candidates that their user does not know.
+    """Sum of the targets' mean losses over the candidates that are not the user's own.
 
     Args:
         logits_T: ``[T]`` of the targets.
         logits_UC: ``[U, C]`` of the candidates.
         user_T: ``[T]`` the targets' users.
         weights_T: ``[T]``.
-        known: as `softmax_sum` takes it.
+        known: see `softmax_sum`.
 
     Returns:
         ``[]``: ``sum_t w_t mean_c log(1 + exp(z_c - z_t))``; 0 for a target without a negative.
@@ -197,7 +196,7 @@ def bpr_sum(
 
 @torch.fx.wrap  # TorchRec's pipeline traces the code around the lookup
 def weighted_bce_sum(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Sum of the rows' binary cross-entropies, each times its weight.
+    """Weighted sum of the rows' binary cross-entropies.
 
     Args:
         logits: ``[B]``.
@@ -213,11 +212,11 @@ def weighted_bce_sum(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 
 def known_bce_sums(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """`weighted_bce_sum` of each of several targets, over the rows whose label is known.
+    """`weighted_bce_sum` of each target over the rows with a known label.
 
     Args:
         logits: ``[B, T]``.
-        labels: ``[B, T]`` in [0, 1]; -1 where one is not known.
+        labels: ``[B, T]`` in [0, 1]; -1 if unknown.
         weights: ``[B]``.
 
     Returns:

@@ -6,18 +6,19 @@ import torch
 from torch import Tensor, nn
 
 Gather = Callable[[Tensor], Tensor]
-"""Joins all ranks' ``[n, ...]`` by rank, ``[ranks * n, ...]``, differentiably."""
+"""Concatenates all ranks' ``[n, ...]`` to ``[ranks * n, ...]``, differentiably."""
 
 
 class GlobalBatchNorm(nn.Module):
-    """Batch norm with the weighted statistics of all ranks' rows; without any, the running ones.
+    """Batch norm with weighted statistics over all ranks' rows, or running ones without rows.
 
-    ``torch.nn.SyncBatchNorm`` runs on CUDA only and would count the rows that pad a batch; this
-    one leaves rows of weight 0 out, and is the same on every device and at every world size.
+    ``torch.nn.SyncBatchNorm`` runs on CUDA only and would include padding rows; this one ignores
+    rows of weight 0, and gives the same results on every device and at every world size.
 
     Args:
         num_features: C.
-        gather: joins the ranks' statistics, once in a forward pass; default: this process alone.
+        gather: concatenates the ranks' statistics, once per forward pass; default: a single
+            process.
         eps: added to the variance.
         momentum: weight of the newest batch in the running statistics.
 
@@ -57,16 +58,16 @@ class GlobalBatchNorm(nn.Module):
         if not self.training:
             return self._normalize(x_BC, self.running_mean, self.running_var)
         w_B1 = torch.ones_like(x_BC[:, :1]) if weights_B is None else weights_B[:, None]
-        # The mean first, then the squares around it: one pass of sums would cancel.
+        # Two passes, since a one-pass sum of squares would suffer from cancellation.
         weight, sums = w_B1.sum(0), (w_B1 * x_BC).sum(0)
         squares = (w_B1 * (x_BC - _quotient(sums, weight)).square()).sum(0)
         of_ranks_RS = self.gather(torch.cat([sums, squares, weight])[None])
         sums_RC, squares_RC, weights_R1 = of_ranks_RS.split([len(sums), len(sums), 1], 1)
         total = weights_R1.detach().sum(0)
-        is_any = total > 0  # the last part of a split batch may be padding alone
+        is_any = total > 0  # the last part of a split batch may be all padding
         total = total.where(is_any, 1.0)
         mean = (sums_RC.sum(0) / total).where(is_any, self.running_mean)
-        # Of each rank around the common mean, from those around its own.
+        # Shifts each rank's squares from its own mean to the common one.
         off_RC = _quotient(sums_RC, weights_R1) - mean
         squares = (squares_RC + weights_R1 * off_RC.square()).sum(0)
         var = (squares / total).where(is_any, self.running_var)
@@ -81,5 +82,5 @@ class GlobalBatchNorm(nn.Module):
 
 
 def _quotient(sums: Tensor, weights: Tensor) -> Tensor:
-    """``sums / weights``; where there is no weight, the sums, which are 0."""
+    """``sums / weights``, or 0 if the weight is 0."""
     return sums / weights.detach().where(weights > 0, 1.0)

@@ -16,17 +16,19 @@ from deepfm_dist.model.norm import Gather, GlobalBatchNorm
 from deepfm_dist.vector_code import HAS_FMA
 
 _ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
-    "relu": partial(nn.ReLU, inplace=True),  # the linear layer's output is not needed again
+    "relu": partial(nn.ReLU, inplace=True),  # the linear layer's output is not reused
     "gelu": nn.GELU,
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
 _KERNEL_UNITS = 256
-"""Of a layer: in wider ones torch's matrix products are as fast as `kernels` on one core."""
+"""Maximum layer size for `kernels`: for wider layers, torch's matrix products are as fast on one
+core.
+"""
 
 
 class _MLPOnCPU(torch.autograd.Function):
-    """The over-arch by `kernels`, from the rows to its output."""
+    """The over-arch by `kernels`, from rows to output."""
 
     @staticmethod
     def forward(ctx: Any, rows_BFW: Tensor, dropout: float, *parameters: Tensor) -> Tensor:
@@ -59,12 +61,12 @@ class OverArch(nn.Module):
         activation: relu, gelu, tanh or sigmoid.
         dropout: probability of dropping a hidden unit in training.
         batch_norm: normalise each hidden layer before its activation. These layers have no bias:
-            the mean that is subtracted takes it away, and Adam would follow the rounding error
-            that is its whole gradient, on every number of ranks another way.
+            subtracting the mean cancels it, and Adam would follow its gradient, pure rounding error
+            that depends on the number of ranks.
         init: of the weights: uniform is PyTorch's default; xavier_normal has zero biases.
-        gather: joins the ranks' tensors, differentiably; for batch norm.
-        has_output: whether the linear layer to one number is there; if not, the last hidden layer's
-            units are the result.
+        gather: concatenates the ranks' tensors, differentiably; for batch norm.
+        has_output: whether there is a linear output layer; otherwise the last hidden layer is the
+            result.
     """
 
     def __init__(
@@ -109,14 +111,14 @@ class OverArch(nn.Module):
 
     @property
     def layers(self) -> list[nn.Linear]:
-        """All linear layers, the output's last."""
+        """All linear layers, the output layer last."""
         linears = [*self.hidden] if self.output is None else [*self.hidden, self.output]
         return linears
 
     def forward_rows(self, rows_BFW: Tensor, weights_B: Tensor | None = None) -> Tensor:
         """`forward` of the leading ``in_features / F`` columns of ``[B, F, W]`` rows.
 
-        They are not copied next to each other: the other columns meet weights of 0.
+        The columns are not copied: the other columns are multiplied by weights of 0.
         """
         if self._has_kernel and kernels.can_take(rows_BFW):
             return self._by_kernel(rows_BFW)
@@ -146,7 +148,7 @@ class OverArch(nn.Module):
         return output
 
     def above_first(self, x_BH: Tensor, weights_B: Tensor | None = None) -> Tensor:
-        """Scores what the first linear layer gave, ``[B, H]``, as ``forward`` does."""
+        """Scores the output of the first linear layer, ``[B, H]``, like ``forward``."""
         x, above = x_BH, self.layers[1:]
         for place, norm in enumerate(self.norms):
             if isinstance(norm, GlobalBatchNorm):
@@ -158,7 +160,7 @@ class OverArch(nn.Module):
 
     @torch.no_grad()
     def start_at_0(self) -> None:
-        """Makes the result 0 for all rows, until the output has learned."""
+        """Initialises the output layer to 0."""
         if self.output is not None:
             nn.init.zeros_(self.output.weight)
             nn.init.zeros_(self.output.bias)
@@ -167,20 +169,20 @@ class OverArch(nn.Module):
 def _fold_biases(
     over_arch: nn.Module, state: dict[str, Any], prefix: str, *hook_arguments: object
 ) -> None:
-    """Takes the biases that earlier versions had in front of batch norm into the running means."""
+    """Folds biases before batch norm, from earlier versions, into the running means."""
     for name, mean in biases_before_norm(state, prefix).items():
         state[mean] = state[mean] - state.pop(name)
 
 
 def biases_before_norm(names: Collection[str], prefix: str = "") -> dict[str, str]:
-    """Biases that an `OverArch` of an earlier version had in front of batch norm.
+    """Biases before batch norm in an `OverArch` of an earlier version.
 
     Args:
         names: of a state's tensors.
-        prefix: what the names of the over-arch's tensors begin with.
+        prefix: of the over-arch's names.
 
     Returns:
-        For each bias among the names, the running mean that makes it superfluous.
+        For each such bias, the running mean to fold it into.
     """
     pattern = re.compile(re.escape(prefix) + r"hidden\.(\d+)\.bias")
     matches = {name: pattern.fullmatch(name) for name in names}

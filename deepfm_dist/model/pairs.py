@@ -1,12 +1,12 @@
-"""Logits of pairs of a user and an item, what depends on one side alone computed once for it.
+"""Logits of (user, item) pairs; terms that depend on one side only are computed once.
 
 With the fields of a pair split into those of the user (context and its numbers included) and
 those of the item, ``S`` the sum and ``Q`` the sum of squares of a side's factor vectors:
 
 * second order: ``1/2 (|S_u + S_i|^2 - Q_u - Q_i)``
-  ``= <S_u, S_i> + 1/2 (|S_u|^2 - Q_u) + 1/2 (|S_i|^2 - Q_i)``: one GEMM plus two constants,
-  which are not there where only the pairs across the sides count;
-* over-arch: its first layer is a sum of a user part and an item part; the other layers run per
+  ``= <S_u, S_i> + 1/2 (|S_u|^2 - Q_u) + 1/2 (|S_i|^2 - Q_i)``: one GEMM plus two constants, which
+  vanish if only pairs across the sides are included;
+* over-arch: the first layer is the sum of a user part and an item part; the other layers run per
   pair.
 """
 
@@ -24,12 +24,12 @@ from deepfm_dist.model.over_arch import OverArch
 Layer = tuple[Tensor, Tensor]
 """Weight ``[out, in]`` and bias ``[out]``."""
 PAIRS_AT_A_TIME = 1 << 19
-"""Pairs whose hidden layers are in memory at once while training."""
+"""Maximum number of pairs whose hidden layers are in memory at once in training."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """What one side contributes to its pairs' logits.
+    """One side's contribution to pairs' logits.
 
     Attributes:
         constant: ``[n]`` terms that depend on this side alone.
@@ -51,7 +51,7 @@ class Side:
         return type(self)(*(t[rows] for t in self.tensors))
 
     def where(self, flags: Tensor, other: Self) -> Self:
-        """This side's rows where ``[n]`` flags are set, another's elsewhere."""
+        """Selects rows of this side where ``[n]`` flags are set, and of another elsewhere."""
         constant, *rest = zip(self.tensors, other.tensors, strict=True)
         return type(self)(
             constant[0].where(flags, constant[1]),
@@ -64,12 +64,11 @@ class Fields:
     """The fields of one side.
 
     Attributes:
-        places: ``[f + g + v]`` where they stand among all fields: categorical ones, numeric ones,
-            vectors.
-        categorical: ``[f]`` their places among the categorical fields.
-        numeric: ``[g]`` their places among the numeric ones.
-        vectors: ``v`` places among the vector fields.
-        columns: ``[(f + g + v) * D]`` their columns of the over-arch's input.
+        places: ``[f + g + v]`` indices among all fields: categorical, numeric, vectors.
+        categorical: ``[f]`` indices among the categorical fields.
+        numeric: ``[g]`` indices among the numeric ones.
+        vectors: ``v`` indices among the vector fields.
+        columns: ``[(f + g + v) * D]`` columns of the over-arch's input.
     """
 
     places: Tensor
@@ -87,9 +86,9 @@ class Fields:
         embedding_dim: int,
         device: torch.device,
     ) -> Self:
-        """The fields at the given places among all fields.
+        """The fields at given indices among all fields.
 
-        Computed on the host: on a GPU, selecting by a mask would make the host wait for it.
+        Computed on the host: masking on a GPU would synchronise.
         """
         categorical = [place for place in places if place < n_categorical]
         others = [place - n_categorical for place in places if place >= n_categorical]
@@ -110,7 +109,7 @@ class Fields:
         arch: InteractionArch,
         device: torch.device,
     ) -> tuple[Self, Self]:
-        """The user's and the item's.
+        """The fields of the user side and of the item side.
 
         Args:
             is_item_field: for each categorical, then each numeric, then each vector field, whether
@@ -147,8 +146,8 @@ def side_of(
         fields: the side's.
         rows_nfW: ``[n, f, W]`` looked-up rows of its categorical fields.
         dense_nN: ``[n, n_dense + sum of lengths]`` all numeric fields and vectors.
-        first_layer: the over-arch's; None where it has none that can be split.
-        with_bias: whether this side takes the biases of the model and of the first layer.
+        first_layer: of the over-arch; None if it cannot be split.
+        with_bias: whether to include the biases of the model and of the first layer.
     """
     kind, dim = rows_nfW.dtype, arch.embedding_dim
     if dense := arch.dense_fields(dense_nN, rows_nfW, fields.numeric, fields.vectors):
@@ -160,7 +159,7 @@ def side_of(
             rows_nfW[:, :, dim].sum(1) if arch.first_order else rows_nfW.new_zeros(len(rows_nfW))
         )
         factor_sum = rows_nfW.new_zeros(len(rows_nfW), 0)
-    if arch.scale is not None:  # once on each term: of the pairs across, on the user's factors
+    if arch.scale is not None:  # applied once per term: for pairs across, to the user's factors
         scale = arch.scale.to(kind)
         constant = constant * scale
         factor_sum = factor_sum * scale if with_bias else factor_sum
@@ -178,9 +177,9 @@ def side_of(
 
 
 class _Sides(torch.autograd.Function):
-    """Some fields of the first rows, divided, for each of two sides; one gradient for both.
+    """Selected fields of the first rows, divided, for each of two sides, with one gradient.
 
-    Slices would each have a gradient of their own of the whole size.
+    Each slice would otherwise have a full-size gradient.
     """
 
     @staticmethod
@@ -215,7 +214,7 @@ class _Sides(torch.autograd.Function):
 
 
 class PairScorer:
-    """Logits of many users and many items in training: those of the model's forward.
+    """Logits of many users and items in training, equal to those of the model's forward.
 
     Args:
         arch: everything above the tables; its over-arch, if any, an `OverArch` without batch norm.
@@ -233,11 +232,11 @@ class PairScorer:
     def sides(
         self, sums_HFW: Tensor, divisors_HF: Tensor, dense_HN: Tensor, n_users: int, n_items: int
     ) -> tuple[Side, Side]:
-        """The users of the first rows, and the items of the first rows.
+        """The sides of the first rows' users and items.
 
         Args:
             sums_HFW: ``[H, F, W]`` sums of looked-up rows, of all fields.
-            divisors_HF: ``[H, F]`` what pooling divides them by.
+            divisors_HF: ``[H, F]`` divisors of pooling.
             dense_HN: ``[H, n_dense + sum of lengths]`` numeric fields, then vectors.
             n_users: number of users.
             n_items: number of items.
@@ -249,7 +248,7 @@ class PairScorer:
         rows = _Sides.apply(  # type: ignore[no-untyped-call]
             sums_HFW, divisors_HF, (n_users, n_items), places
         )
-        if self._fields is None:  # the device is known only here; to copy them once is enough
+        if self._fields is None:  # the device is known only here; copied once
             self._fields = Fields.for_both_sides(
                 self._is_item_field, self._n_categorical, self.arch, sums_HFW.device
             )
@@ -276,7 +275,7 @@ class PairScorer:
         with self.arch.autocast(z.device.type):
             for begin in range(0, len(users.constant), step):
                 block = users.hidden[begin : begin + step, None]
-                # Hidden layers of all pairs at once would not fit: backward computes them again.
+                # Hidden layers of all pairs would not fit into memory: backward recomputes them.
                 deep.append(checkpoint(_deep, over, block, items.hidden[None], use_reentrant=False))
         return z + torch.cat(deep).float()
 

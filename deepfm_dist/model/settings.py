@@ -69,7 +69,7 @@ class ModelConfig(Section):
     normal with variance 2 / (inputs + outputs), biases 0."""
 
     def check_targets(self, labels: Sequence[str]) -> None:
-        """Refuses what does not go with several targets, or only with them.
+        """Refuses settings that exclude or require several targets.
 
         Raises:
             ValueError: names the setting.

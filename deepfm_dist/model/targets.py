@@ -1,11 +1,11 @@
-"""Over-archs of several targets, and one over-arch that gives their weighted sum.
+"""Over-archs of several targets, and their weighted sum as one over-arch.
 
 A model of targets t = 1..T, such as click and buy, shares its embeddings. Its logits are
 
     z_t = bias_t + scale_t * (first order + pairs) + over_arch_t(vectors)
 
-with the first order and the pairs of one factorization machine, a learned number ``scale_t`` for
-each target, and an over-arch for each, of which the first layers may be shared (a shared bottom).
+with first order and pairs of one factorization machine, a learned ``scale_t`` per target, and an
+over-arch per target, whose first layers may be shared (a shared bottom).
 
 Source: Caruana, "Multitask Learning", 1997, for shared layers below those of each task; Ma et al.,
 "Modeling Task Relationships in Multi-task Learning with Multi-gate Mixture-of-Experts", 2018, for
@@ -59,11 +59,11 @@ class _WeightedSum(nn.Module):
 
 
 class MLPTowers(Towers):
-    """Multi-layer perceptrons of several targets, the first layers shared where asked for.
+    """Multi-layer perceptrons of several targets, optionally with shared first layers.
 
     Args:
-        towers: one for each target; they read the shared layers, or the vectors without any.
-        shared: an `OverArch` without an output; None: nothing is shared.
+        towers: one per target, on top of the shared layers, if any.
+        shared: an `OverArch` without output; None: nothing is shared.
     """
 
     def __init__(self, towers: Sequence[OverArch], shared: OverArch | None = None) -> None:
@@ -100,8 +100,8 @@ class MLPTowers(Towers):
     def weighted_sum(self, weights: Sequence[float]) -> OverArch:
         """One over-arch ``[B, in_features] -> [B]``, in eval mode, that gives the weighted sum.
 
-        The towers' first layers, which read the same, become one of all their units; further layers
-        have the towers' on the diagonal and 0 elsewhere; the last is their weighted sum.
+        The towers' first layers, which share their input, are concatenated; further layers are
+        block-diagonal; the last one is the weighted sum.
         """
         shared, mlps = self.shared, self.mlps
         layers: list[tuple[Tensor, Tensor | None]] = []
@@ -142,8 +142,8 @@ def mlp_towers(
         in_features: length of a row.
         layer_sizes: hidden layers of each target, shared ones first.
         n_targets: T.
-        n_shared: how many of the layers are shared; of no meaning for one target.
-        options: as `OverArch` takes them.
+        n_shared: number of shared layers; ignored for one target.
+        **options: of `OverArch`.
     """
     if n_targets == 1:
         return OverArch(in_features, layer_sizes, **options)
@@ -154,7 +154,7 @@ def mlp_towers(
 
 
 def first_layer_names(name: str, n_targets: int, n_shared: int) -> list[str]:
-    """What the first layers of `mlp_towers` are called, given the name in an `OverArch`."""
+    """Names of the first layers of `mlp_towers`, given the name in an `OverArch`."""
     if n_targets < 2:
         return [name]
     if n_shared:

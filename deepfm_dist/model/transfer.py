@@ -1,4 +1,4 @@
-"""A model's weights for another one, whose fields are others or stand in other places."""
+"""Transfers a model's weights to a model with different or reordered fields."""
 
 import itertools
 from collections.abc import Collection, Sequence
@@ -10,20 +10,20 @@ from deepfm_dist.model.deepfm import VECTOR_FACTORS, VECTOR_FIRST_ORDER
 Order = tuple[Sequence[str], Sequence[str], Sequence[str]]
 """Names of a model's categorical, numeric and vector fields, each in order."""
 Places = tuple[tuple[int, ...], tuple[int, ...]]
-"""Where the same things stand before and after."""
+"""Indices of the same things before and after."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a model takes from a trained one, by the names of their fields.
+    """The mapping of a trained model's weights to another model, by field name.
 
     Attributes:
-        tables: embedding tables that are taken; the others start afresh.
-        moves: whether a field has another place, is new or is left out.
-        fields: places of the fields that both have, among all, categorical ones first.
-        numeric: places of the numeric fields that both have, among the numeric ones.
+        tables: embedding tables to take over; others are initialised.
+        moves: whether a field is moved, new or left out.
+        fields: indices of the common fields among all, categorical ones first.
+        numeric: indices of the common numeric fields among the numeric ones.
         n_fields: number of fields of the trained model.
-        first_layers: of the over-arch, whose columns go by fields; none without an over-arch.
+        first_layers: of the over-arch, with columns by field; empty without an over-arch.
     """
 
     tables: frozenset[str]
@@ -37,7 +37,7 @@ class Transfer:
     def between(
         cls, tables: Collection[str], before: Order, after: Order, first_layers: Sequence[str]
     ) -> Self:
-        """From a trained model to another; the arguments are as the attributes."""
+        """The transfer between two models; arguments as the attributes."""
         names = [tuple(itertools.chain(*order)) for order in (before, after)]
         return cls(
             frozenset(tables),
@@ -49,17 +49,17 @@ class Transfer:
         )
 
     def is_fresh(self, name: str) -> bool:
-        """Whether a tensor, named as in a state of the model, is of a table that is not taken."""
+        """Whether a tensor of the model's state belongs to a table that is not taken over."""
         _, inside, table = name.partition(".embedding_bags.")
         return bool(inside) and table.partition(".")[0] not in self.tables
 
     def may_be_new(self, name: str) -> bool:
-        """Whether a parameter belongs to fields that the trained model may have none of."""
+        """Whether a parameter belongs to kinds of fields that the trained model may lack."""
         _, _, own = name.partition("interaction_arch.")
         return self.moves and own.startswith(("dense_", VECTOR_FACTORS, VECTOR_FIRST_ORDER))
 
     def by_field(self, name: str) -> bool:
-        """Whether a parameter is taken field by field."""
+        """Whether a parameter is transferred field by field."""
         return self.moves and (
             name.endswith(("interaction_arch.dense_factors", "interaction_arch.dense_first_order"))
             or name.endswith(
@@ -68,14 +68,14 @@ class Transfer:
         )
 
     def places(self, name: str, columns: int) -> tuple[int, Places]:
-        """How a parameter is taken field by field.
+        """How a parameter is transferred field by field.
 
         Args:
             name: of the parameter.
-            columns: of the trained one's, its last dimension.
+            columns: last dimension of the trained parameter.
 
         Returns:
-            A dimension, and the places along it.
+            The dimension, and the indices along it.
         """
         if "over_arch" not in name:
             return 0, self.numeric

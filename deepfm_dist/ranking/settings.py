@@ -72,7 +72,7 @@ class EvaluateConfig(Section):
         return self
 
     def check_data(self, data: DataConfig) -> None:
-        """Refuses settings that do not fit the data's.
+        """Refuses settings that do not fit the data.
 
         Raises:
             ValueError: names the setting and what to change.
@@ -172,7 +172,7 @@ class RecommendConfig(Section):
     fp32, or probabilities in units of 1/127 as int8; its metadata's ``item_ids`` is their order."""
 
     def check_targets(self, labels: Sequence[str]) -> None:
-        """Refuses what does not go with several targets, or only with them.
+        """Refuses settings that exclude or require several targets.
 
         Raises:
             ValueError: names the setting.

@@ -1,1 +1,1 @@
-"""What people look at: tables in plain text, plots, the page of a run."""
+"""Reports: plain-text tables, plots, and a run's HTML page."""

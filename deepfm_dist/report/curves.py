@@ -1,11 +1,11 @@
-"""Which way a validation curve goes when training ends."""
+"""The trend of a validation curve at the end of training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 NOTABLE = 0.01
-"""Share of a curve's range from which a change is more than a plateau."""
+"""A change of at least this share of a curve's range is not a plateau."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def trend_of(points: Sequence[tuple[float, float]], lower_is_better: bool) -> Tr
 
 
 def sentence(trend: Trend | None, lower_is_better: bool) -> str:
-    """The trend as a sentence for the caption of a plot; empty where it is flat or unknown."""
+    """The trend as a sentence for a plot's caption; empty if it is flat or unknown."""
     if trend is None or trend.kind == "flat":
         return ""
     if trend.kind == "improving":

@@ -1,4 +1,4 @@
-"""``report.html`` of a run: one file with everything in it, for any browser, without a network."""
+"""A run's ``report.html``: a self-contained file for any browser."""
 
 import logging
 import math
@@ -33,7 +33,7 @@ from deepfm_dist.version import __version__
 log = logging.getLogger(__name__)
 
 SHOWN_HISTORY = 10
-"""Latest items of a user's history that are shown."""
+"""Number of latest items shown of a user's history."""
 
 _LEARNING = {
     "log_loss": ("Log loss", "Mean cross-entropy in nats; lower is better."),
@@ -64,10 +64,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table of rankings.
+    """A row of a table of rankings.
 
     Attributes:
-        name: of the ranking, or of what it is compared with.
+        name: of the ranking or of the comparison.
         kind: model, other, or difference: the model minus the ranking above.
         cells: by figure.
     """
@@ -78,7 +78,7 @@ class Line:
 
 
 class _Plan(BaseModel):
-    """What ``plan.json`` holds."""
+    """The contents of ``plan.json``."""
 
     ranks: int
     device: str
@@ -98,19 +98,19 @@ def _plan(path: Path) -> _Plan | None:
 
 @dataclass(frozen=True)
 class Report:
-    """What the page of a run shows.
+    """The contents of a run's page.
 
     Attributes:
         folder: of the run, with its ``plan.json``.
         config_yaml: the settings in force.
-        checkpoint: what was measured.
+        checkpoint: the measured one.
         dataset: the prepared dataset.
         split: valid or test.
-        loss: that the model was trained with.
+        loss: training loss.
         rows: figures on the rows of the split.
-        unknown: values of these rows that training rows do not have.
-        calibrations: on these rows, by target; of one by "".
-        comparison: of rankings, where there are any.
+        unknown: counts of values unknown to training.
+        calibrations: on these rows, by target; the key of a single target is "".
+        comparison: of rankings, if any.
         cutoffs: values of K.
         events: of the run's log.
         verdicts: shown at the top.
@@ -159,7 +159,7 @@ def _environment() -> Environment:
 
 
 def _variables(report: Report) -> dict[str, Any]:
-    """What the template names."""
+    """The template's variables."""
     comparison, cutoffs, events = report.comparison, report.cutoffs, report.events
     plotter = Plotter(list(comparison.figures) if comparison else [MODEL])
     seconds = _seconds(events)
@@ -207,7 +207,7 @@ def _variables(report: Report) -> dict[str, Any]:
 
 
 def _meaning(name: str, targets: Sequence[str]) -> str:
-    """What a figure on rows says."""
+    """Explains a figure on rows."""
     target, plain_name = split_target(name)
     meaning = _MEANING.get(plain_name, "")
     is_mean = targets and target is None and meaning
@@ -215,7 +215,7 @@ def _meaning(name: str, targets: Sequence[str]) -> str:
 
 
 def _missing(manifest: Manifest) -> dict[str, float]:
-    """Share of missing values by field, the largest first, where it is not 0."""
+    """Non-zero shares of missing values by field, largest first."""
     shares = {name: share for name, share in manifest.profile.missing.items() if share > 0}
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
@@ -232,7 +232,7 @@ def _log_plots(plotter: Plotter, manifest: Manifest) -> list[Plot]:
 
 
 def _figure(value: float, sign: str = "") -> str:
-    """Four digits after the point, one where they would say nothing; sign "+" shows a plus."""
+    """Formats with four decimals, one for large numbers; sign "+" shows a plus."""
     return f"{value:{sign}.4f}" if not abs(value) >= 100 else f"{value:{sign},.1f}"
 
 
@@ -247,7 +247,7 @@ def _seconds(events: Sequence[Event]) -> dict[str, float]:
 
 
 def _table(comparison: Comparison, k: int) -> list[Line]:
-    """The rankings' figures at K, each ranking followed by the model minus it."""
+    """The rankings' figures at K; each ranking is followed by the model's difference from it."""
     ending = f"@{k}"
     ours = comparison.figures[MODEL]
     lines = []
@@ -269,7 +269,7 @@ def _table(comparison: Comparison, k: int) -> list[Line]:
 
 
 def _negatives_per_positive(report: Report) -> float | None:
-    """Sampled negatives per positive of the measured rows; None where labels are the log's."""
+    """Sampled negatives per positive of the measured rows; None if labels come from the log."""
     spec = report.dataset.manifest.splits[report.split]
     if report.dataset.manifest.data.task != "implicit" or not spec.positives:
         return None
@@ -277,7 +277,7 @@ def _negatives_per_positive(report: Report) -> float | None:
 
 
 def _notes(report: Report) -> list[str]:
-    """What to know when reading the figures on rows."""
+    """Notes on the figures on rows."""
     notes = []
     ratio = _negatives_per_positive(report)
     if ratio is not None:
@@ -445,7 +445,7 @@ def _examples(dataset: PreparedDataset, insight: Insight) -> list[_Shown]:
 
 
 def _shown_reason(reason: Reason, cards: Cards) -> tuple[str, str, float]:
-    """A reason's field, value, as a title where it is an item, and share."""
+    """A reason's field, value (the title if it is an item) and share."""
     value = reason.value or ""
     if reason.item is not None:
         card = cards(reason.item)

@@ -1,4 +1,4 @@
-"""Plots as SVG that takes its colours from the page it stands in."""
+"""SVG plots in the colours of the surrounding page."""
 
 import html
 import io
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 for _library in ("matplotlib", "matplotlib.font_manager"):
-    # That it builds a cache, or finds no folder for one, is no news for the reader of a report.
+    # Messages about its font cache do not concern the reader of a report.
     logging.getLogger(_library).setLevel(logging.ERROR)
 
 import numpy as np  # noqa: E402
@@ -21,9 +21,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter 
 from deepfm_dist.training.metrics import Calibration  # noqa: E402
 
 POINTS = 500
-"""Points of a curve; a longer log is thinned."""
+"""Maximum number of points of a curve; longer logs are thinned."""
 
-# Stand-ins for the page's colours: each is replaced by a variable of its style sheet.
+# Placeholder colours: each is replaced by a variable of the page's style sheet.
 _INK, _GRID = "#00ff01", "#00ff02"
 _SERIES = [f"#00ff{number:02x}" for number in range(16, 24)]
 _VARIABLES = {_INK: "--ink", _GRID: "--grid"} | {
@@ -56,7 +56,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture and what stands below it.
+    """A picture with its caption.
 
     Attributes:
         name: of the picture, unique on a page.
@@ -120,7 +120,7 @@ class Plotter:
             ):
                 if points:
                     steps, values = zip(*_thin(points), strict=True)
-                    # Of one point, a line shows nothing; many points hide it.
+                    # A single point needs a marker; with many points, markers hide the line.
                     marked = "o-" if len(steps) < 3 else style if len(steps) < 40 else "-"
                     axes.plot(steps, values, marked, color=colour, label=label, ms=4, lw=1.6)
             axes.set_xlabel("step")
@@ -129,7 +129,7 @@ class Plotter:
         return self._plot(f"learning-{figure}", title, caption, draw)
 
     def calibration(self, curve: Calibration, caption: str, target: str = "") -> Plot:
-        """Predicted against observed, of one of several targets if it is named."""
+        """Predicted against observed probabilities, of one target if several."""
 
         def draw(axes: Axes) -> None:
             top = max(*curve.predicted, *curve.observed) * 1.05 or 1.0
@@ -188,7 +188,7 @@ class Plotter:
     def periods(
         self, name: str, title: str, caption: str, first: str, days: int, counts: Sequence[int]
     ) -> Plot:
-        """A bar for each period, from a first day on."""
+        """One bar per period, from a first day on."""
 
         def draw(axes: Axes) -> None:
             begins = np.datetime64(first, "D") + days * np.arange(len(counts))
@@ -204,7 +204,7 @@ class Plotter:
     def shares(
         self, name: str, title: str, caption: str, shares: Mapping[str, float], per_ranking: bool
     ) -> Plot:
-        """Lying bars of shares of one."""
+        """Horizontal bars of shares of 1."""
 
         def draw(axes: Axes) -> None:
             names = list(shares)
@@ -228,14 +228,14 @@ class Plotter:
                 columns = len(handles) if len(handles) < 4 else 3
                 figure.legend(loc="outside upper left", ncols=columns, columnspacing=1.2)
             text = io.StringIO()
-            # Without a date, so that the same figures give the same picture.
+            # Without a date, so that equal figures give identical pictures.
             no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
             figure.savefig(text, format="svg", transparent=True, metadata=no_metadata)
         return Plot(name, title, caption, _for_page(text.getvalue(), name, title))
 
 
 def _for_page(svg: str, name: str, title: str) -> str:
-    """An SVG file as an element of a page, its ids and colours the page's."""
+    """Embeds an SVG file in a page, with unique ids and the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     label = html.escape(title)

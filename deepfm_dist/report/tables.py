@@ -1,4 +1,4 @@
-"""What people look at: tables in plain text."""
+"""Plain-text tables."""
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -34,7 +34,7 @@ def metrics_table(
         rows: figures on its rows.
         comparison: of rankings, where there are any.
         cutoffs: values of K.
-        composition: of the rows, as `Manifest.composition` has it.
+        composition: of the rows, see `Manifest.composition`.
     """
     figures = pd.Series(dict(rows)).map("{:.4f}".format)
     title = f"{split} rows: {composition}" if composition else f"{split} rows"
@@ -68,9 +68,9 @@ def _four_digits(value: float) -> str:
 
 def ranking_table(written: RankingFiles, dataset: PreparedDataset) -> str:
     """The first users' (or items') items by title, and the files."""
-    with written.first.open("rb") as opened, pq.ParquetFile(opened) as file:  # may fit no memory
+    with written.first.open("rb") as opened, pq.ParquetFile(opened) as file:  # may exceed memory
         first = islice(file.iter_batches(SHOWN_OWNERS * written.k), 1)
-        # Ids next to nulls, as of users not in the training data, stay whole numbers.
+        # Keeps integer ids next to nulls, as for users outside the training data.
         shown = pa.Table.from_batches(first, file.schema_arrow).to_pandas(integer_object_nulls=True)
     owner = shown.columns[0]
     item = next(name for name in shown.columns[1:] if name.endswith("item_id"))
@@ -108,7 +108,7 @@ def _reasons(explanation: dict[str, Any]) -> str:
 
 
 def plan_table(plan: Plan) -> str:
-    """A plan: a line per table, and one per rank or stretch of ranks that are alike."""
+    """A plan: one line per table, and one per rank or range of equal ranks."""
     job = plan.job
     tables = pd.DataFrame(
         {
@@ -163,7 +163,7 @@ def plan_table(plan: Plan) -> str:
 
 
 def trials_table(trials: Sequence[Trial], monitor: str) -> str:
-    """The trials of a search, in their order: outcome, best figure, settings."""
+    """The trials of a search, in order: outcome, best figure, settings."""
     lines = [{"trial": t.name, "outcome": t.outcome, monitor: t.best, **t.values} for t in trials]
     return pd.DataFrame(lines).to_string(index=False, float_format="{:.5g}".format, na_rep="")
 

@@ -1,4 +1,4 @@
-"""How good a model is, in words: cards at the top of the report, last lines of evaluate."""
+"""Verdicts on a model in words: cards at the top of the report, last lines of evaluate."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,9 @@ from deepfm_dist.training.state import WARN_AFTER, is_lower_better
 
 MODEL = "model"
 SOME, MANY, NEARLY_ALL = 0.1, 0.5, 0.9
-"""Shares of rows with an unknown user or item from which a card says so, and from which it is red;
-and of rows without a known value of a context field, which may well be empty in many rows."""
+"""Minimum shares of rows with an unknown user or item for a card, and for a red one; and of rows
+without a known value of a context field, which is often empty.
+"""
 _TITLES = {
     "better": "Better than {}",
     "worse": "Worse than {}",
@@ -43,16 +44,15 @@ class Verdict:
 
 
 def ranking_verdicts(comparison: Comparison, k: int, advice: str = "") -> list[Verdict]:
-    """The model against each other ranking, by NDCG@K.
+    """Compares the model with each other ranking, by NDCG@K.
 
-    Better or worse where the 95 % interval of the difference excludes 0; an interval that ends at 0
-    does not.
+    It is better or worse if the 95 % interval of the difference excludes 0; an interval that ends
+    at 0 does not exclude it.
 
     Args:
         comparison: of rankings.
         k: the cut-off.
-        advice: what to try where a baseline is better; a file of another system's scores may well
-            be, and gets none.
+        advice: what to try if a baseline is better; not given for another system's scores.
     """
     verdicts = []
     figure = f"ndcg@{k}"
@@ -80,7 +80,7 @@ def ranking_verdicts(comparison: Comparison, k: int, advice: str = "") -> list[V
 
 
 def _steering_verdict(comparison: Comparison, k: int) -> Verdict:
-    """What the penalty, the diversity and the limits of `recommend` change."""
+    """The effect of popularity penalty, diversity and limits of `recommend`."""
     ours, theirs = comparison.figures[MODEL], comparison.figures[STEERED]
     low, high = comparison.differences[STEERED][f"ndcg@{k}"]
     changes = ", ".join(
@@ -116,18 +116,18 @@ def ranking_advice(settings: Mapping[str, Any]) -> str:
 
 
 def _describes_items(feature: Mapping[str, Any]) -> bool:
-    """Whether a field says more of an item than which one it is."""
+    """Whether a field describes items beyond their identity."""
     is_id = feature.get("file") is None and feature.get("column") is None
     return feature.get("entity") == "item" and not is_id
 
 
 def unknown_verdicts(unknown: Unknown, split: str, only_positives: bool) -> list[Verdict]:
-    """What share of the rows has users, items or values that the model cannot know.
+    """Shares of rows with users, items or values unknown to the model.
 
     Args:
         unknown: counts.
         split: valid or test.
-        only_positives: whether positives are counted alone.
+        only_positives: whether only positives are counted.
     """
     verdicts = []
     counted = f"{split} {'positives' if only_positives else 'rows'}"
@@ -159,12 +159,13 @@ def unknown_verdicts(unknown: Unknown, split: str, only_positives: bool) -> list
 def row_verdicts(
     rows: Mapping[str, float], split: str, is_ranked: bool, targets: Sequence[str] = ()
 ) -> list[Verdict]:
-    """The model against always predicting the mean label, by NE; each of several targets alone.
+    """Compares the model with always predicting the mean label, by NE, for each target.
 
     Args:
         rows: figures on the rows of the split.
         split: valid or test.
-        is_ranked: whether rankings are judged as well; good news about rows is then left out.
+        is_ranked: whether there are verdicts on rankings; positive verdicts on rows are then
+            omitted.
         targets: names of several targets.
     """
     if targets:
@@ -216,12 +217,12 @@ def training_verdicts(
     monitor: str,
     trainer: Mapping[str, Any] | None = None,
 ) -> list[Verdict]:
-    """Whether training was too long or too short, and whether a better checkpoint was passed over.
+    """Whether training was too long or too short, and whether another checkpoint is better.
 
     Args:
         validations: in order.
-        step: of the checkpoint that is measured.
-        monitor: the figure to compare by.
+        step: of the measured checkpoint.
+        monitor: the figure to compare.
         trainer: its settings.
     """
     trainer = trainer or {}
@@ -282,13 +283,13 @@ def verdicts_on(
     """All verdicts on a model.
 
     Args:
-        state: of its checkpoint, as the marker holds it.
+        state: of its checkpoint, from the marker.
         validations: of its training.
         rows: figures on the rows of the split.
-        unknown: values of these rows that training rows do not have.
+        unknown: counts of values unknown to training.
         split: valid or test.
-        comparison: of rankings, where there are any.
-        k: the cut-off to compare rankings by.
+        comparison: of rankings, if any.
+        k: the cut-off to compare rankings at.
     """
     settings = state["config"]
     trainer = settings.get("trainer", {})

@@ -1,1 +1,1 @@
-"""A run behind HTTP: one process, one model, one page."""
+"""The HTTP service."""

@@ -1,4 +1,4 @@
-"""HTTP over `Recommender`: routes and limits."""
+"""The HTTP application around `Recommender`: routes and limits."""
 
 import json
 import sys
@@ -43,13 +43,13 @@ with suppress(ModuleNotFoundError):  # its pages under /docs load nothing from a
     _make_fastapi = FastAPIOffline
 
 MAX_K, MAX_ITEMS, MAX_ID, MAX_BODY_BYTES = 100, 500, 200, 1 << 20
-"""Items in an answer; items that describe a user; characters of an id; bytes of a request."""
+"""Maximum items in an answer, items describing a user, characters of an id, bytes of a request."""
 MAX_READ_BYTES = 8 * MAX_BODY_BYTES
-"""Bytes of a refused body that are read: closed earlier, the connection would lose the response."""
+"""Bytes read from a refused body: closing the connection earlier would lose the response."""
 MAX_ROWS = 1000
-"""Rows that a request may have scored."""
+"""Maximum number of rows to score per request."""
 MAX_LISTED, MAX_FILTER = 10_000, 1000
-"""Items that a request may allow or block; characters of its filter."""
+"""Maximum items to allow or block per request; characters of its filter."""
 PAGE = Path(__file__).parent / "pages" / "index.html"
 
 Id = Annotated[str, InPath(min_length=1, max_length=MAX_ID)]
@@ -58,7 +58,7 @@ Explain = Annotated[int, Query(ge=0, le=MAX_K, description="reasons wanted for e
 
 
 class Item(BaseModel):
-    """An item as it is shown."""
+    """Display data of an item."""
 
     id: str | int
     title: str | None = None
@@ -93,13 +93,13 @@ class Scored(Item):
 
 
 class Ranking(BaseModel):
-    """The best items, best first; fewer than asked for where there are no more."""
+    """The best items, best first; may be fewer than requested."""
 
     items: list[Scored]
 
 
 class Answer(Ranking):
-    """The ranking that a request asks for."""
+    """The ranking for a request."""
 
     unknown: dict[str, int] = Field(
         description="by list, allow or block: number of ids that are not in the training data"
@@ -128,7 +128,7 @@ class Items(BaseModel):
 
 
 class Health(BaseModel):
-    """What is served; null while the first model is being loaded."""
+    """The served model; null while the first one is loading."""
 
     status: Literal["ok", "loading"]
     run: str | None = None
@@ -147,7 +147,7 @@ class Ready(BaseModel):
 
 
 def _number(value: object) -> object:
-    """Refuses texts and booleans, which pydantic would convert; JSON's 10.0 is a whole number."""
+    """Refuses text and booleans, which pydantic would convert; JSON's 10.0 is an integer."""
     if isinstance(value, str | bool):
         raise PydanticKnownError("int_type")
     return value
@@ -157,7 +157,7 @@ Whole = Annotated[int, BeforeValidator(_number)]
 
 
 def _id(value: object) -> str | int:
-    """An id as JSON has it. One validator, whose error is one sentence, where a union has two."""
+    """A JSON id. A single validator, since a union would report two errors."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
@@ -166,7 +166,7 @@ def _id(value: object) -> str | int:
 
 
 def _cell(value: object) -> str | float:
-    """A value of a field as JSON has it, checked by one validator as `_id` is."""
+    """A JSON value of a field, checked by a single validator like `_id`."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise PydanticCustomError("value_type", "input should be text or a number")
     if isinstance(value, int) and abs(value) > sys.float_info.max:
@@ -195,11 +195,11 @@ _DESCRIBED: list[JsonValue] = [
     {"required": ["attributes"], "properties": {"attributes": {"minProperties": 1}}},
     {"required": ["user"]},
 ]
-"""What `Recommender.recommend_for` asks for, as JSON Schema."""
+"""Arguments of `Recommender.recommend_for` as JSON Schema."""
 
 
 class Described(BaseModel):
-    """A user of the training data, or one described by items, attributes or both; and a choice."""
+    """A user of the training data or a described one, and the items to choose from."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"anyOf": _DESCRIBED})
 
@@ -227,7 +227,7 @@ class Described(BaseModel):
 
 
 class RowsToScore(BaseModel):
-    """Rows, as the log has them."""
+    """Rows with the log's columns."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -259,7 +259,7 @@ class Scores(BaseModel):
 
 
 class Problem(BaseModel):
-    """What is wrong, and what to do about it."""
+    """An error and its cure."""
 
     detail: str
 
@@ -291,8 +291,7 @@ def make_app(
 
     Args:
         model: the model in use.
-        hosts: names that requests may come for; others are refused, so that no web page can reach
-            a service on this machine by a name of its own.
+        hosts: accepted Host names; others are refused to prevent DNS rebinding.
         logs_requests: whether each request is logged.
     """
     app = _make_fastapi(
@@ -310,7 +309,7 @@ def make_app(
     _add_status_routes(app, model, registry)
     _add_recommender_routes(app, model)
     _add_post_routes(app, model)
-    # Around FastAPI's own handler of unhandled errors, so that its answers have ids, too.
+    # Outside FastAPI's handler of unhandled errors, so that its answers have ids, too.
     return _AnswersHead(Telemetry(app, model, registry, logs_requests))
 
 
@@ -356,7 +355,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         return await http_exception_handler(request, error)
 
 
-# Routes are coroutines: handing an answer to a thread would take longer than making it.
+# Routes are coroutines: a thread hop would take longer than the answer.
 
 
 def _add_status_routes(app: FastAPI, model: ModelInUse, registry: CollectorRegistry) -> None:
@@ -366,7 +365,7 @@ def _add_status_routes(app: FastAPI, model: ModelInUse, registry: CollectorRegis
 
     @app.get("/healthz")
     async def health() -> Health:
-        """Whether the process is alive, and what it serves."""
+        """Liveness, and the served model."""
         if not model.is_ready:
             return Health(status="loading")
         recommender = model.recommender
@@ -383,12 +382,12 @@ def _add_status_routes(app: FastAPI, model: ModelInUse, registry: CollectorRegis
 
     @app.get("/readyz")
     async def ready() -> Ready:
-        """Whether requests can be answered: 503 until the first model is loaded."""
+        """Readiness: 503 until the first model is loaded."""
         return Ready(run=model.recommender.name)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
-        """Requests and seconds by route, and the model in use, in Prometheus' text format."""
+        """Prometheus metrics: requests and seconds by route, and the model in use."""
         return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -413,7 +412,7 @@ def _add_recommender_routes(app: FastAPI, model: ModelInUse) -> None:
 
     @app.get("/users/{user_id:path}", responses=NOT_FOUND)
     async def user(user_id: Id, limit: Annotated[int, Query(ge=1, le=MAX_K)] = 20) -> User:
-        """A user's latest items of training."""
+        """A user's latest training items."""
         latest, total = model.recommender.history(user_id, limit)
         return User(id=user_id, n_items=total, latest=[_item(card) for card in latest])
 
@@ -422,7 +421,7 @@ def _add_recommender_routes(app: FastAPI, model: ModelInUse) -> None:
         q: Annotated[str, Query(max_length=MAX_ID, description="part of the title")] = "",
         limit: Annotated[int, Query(ge=1, le=MAX_K)] = 20,
     ) -> Items:
-        """Items by a part of their title."""
+        """Items with a text in their title."""
         return Items(items=[_item(card) for card in model.recommender.find(q, limit)])
 
     @app.get("/items/{item_id:path}/similar", responses=NOT_FOUND | NOT_ABLE)
@@ -464,7 +463,7 @@ def _add_post_routes(app: FastAPI, model: ModelInUse) -> None:
         "/predict",
         responses=NOT_READABLE,
         dependencies=[Depends(_refuse_ambiguous_body)],
-        response_model_exclude_unset=True,  # of one target there are no targets
+        response_model_exclude_unset=True,  # a single target has no targets
     )
     async def predict(body: RowsToScore) -> Scores:
         """Scores rows of users, items and context, as the command predict does."""
@@ -482,7 +481,7 @@ def _score(prediction: live.Prediction) -> Score:
 
 
 async def _refuse_unknown_parameters(request: Request) -> None:
-    """Refuses what a route would ignore in silence.
+    """Refuses parameters that a route would ignore.
 
     Raises:
         HTTPException: 422 with the names that are allowed.
@@ -501,10 +500,10 @@ async def _refuse_unknown_parameters(request: Request) -> None:
 
 
 async def _refuse_ambiguous_body(request: Request) -> None:
-    """Refuses what JSON readers take differently: repeated keys and halves of characters.
+    """Refuses ambiguous JSON: repeated keys and lone surrogates.
 
-    Most readers keep the last of several values. A lone surrogate is in no UTF-8 text, and so
-    neither in training data nor in an answer.
+    Parsers differ in which repeated value they keep. Lone surrogates are not valid UTF-8, so they
+    occur neither in training data nor in answers.
 
     Raises:
         HTTPException: 422 with the key or the surrogate.
@@ -518,7 +517,7 @@ async def _refuse_ambiguous_body(request: Request) -> None:
         return dict(pairs)
 
     body = await request.body()
-    with suppress(ValueError, RecursionError):  # invalid JSON is answered where it is read
+    with suppress(ValueError, RecursionError):  # invalid JSON is refused when it is parsed
         parsed = json.loads(body, object_pairs_hook=once)
         if b"\\ud" not in body.lower():
             return
@@ -530,7 +529,7 @@ async def _refuse_ambiguous_body(request: Request) -> None:
 
 
 def _sentence(problem: Any, fields: Sequence[str]) -> str:
-    """A validation error in words that name the field or parameter.
+    """A validation error as a sentence that names the field or parameter.
 
     Args:
         problem: the error.
@@ -593,7 +592,7 @@ def _explanation(scored: live.Scored, recommender: live.Recommender) -> Explanat
 
 
 class _AnswersHead:
-    """Takes a HEAD for a GET; the server leaves the body out."""
+    """Treats HEAD as GET; the server omits the body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -605,7 +604,7 @@ class _AnswersHead:
 
 
 class _Limited:
-    """Refuses bodies of more than `MAX_BODY_BYTES`, whether or not their length is declared."""
+    """Refuses bodies over `MAX_BODY_BYTES`, with or without a declared length."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -616,7 +615,7 @@ class _Limited:
             return
         headers = dict(scope["headers"])
         declared = int(headers.get(b"content-length", 0))  # the server has parsed it
-        # One that waits for leave to send its body gets the answer instead.
+        # A client that sent Expect: 100-continue gets the answer instead.
         limit = MAX_BODY_BYTES if b"expect" in headers else MAX_READ_BYTES
         messages: list[Message] = []
         size, more = 0, declared <= limit
@@ -628,7 +627,7 @@ class _Limited:
             more = message.get("more_body", False)
         if max(size, declared) > MAX_BODY_BYTES:
             text = f"the body is longer than {MAX_BODY_BYTES:,} bytes"
-            # What is left of the body is not read: the connection cannot be used again.
+            # The rest of the body is not read, so the connection cannot be reused.
             answer = JSONResponse({"detail": text}, 413, {"Connection": "close"})
             await answer(scope, receive, send)
             return

@@ -1,4 +1,4 @@
-"""HTTP connections that end when their client does not send a whole request in time."""
+"""Closes HTTP connections whose client does not send a complete request in time."""
 
 import asyncio
 import os
@@ -8,11 +8,11 @@ from typing import Any
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 REQUEST_S = 10.0
-"""Seconds from a connection's opening, or its last answer, until a request has arrived in full."""
+"""Seconds after a connection's start or last answer within which a complete request must arrive."""
 MAX_HEADER_BYTES = 1 << 16
 MAX_CONNECTIONS = 1000
 BACKLOG = 128
-"""Connections that the kernel holds until they are accepted, all of them at once."""
+"""Maximum number of connections that the kernel queues until they are accepted."""
 
 
 def max_connections() -> int:
@@ -29,13 +29,13 @@ def max_connections() -> int:
 
 
 class ImpatientProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
-    """uvicorn's protocol, which waits for a request for good.
+    """uvicorn's protocol with a time-out for requests.
 
-    Where there are too many connections, the one that has waited longest is closed for a new one:
-    the service answers however many are left half-open.
+    If there are too many connections, the one that has waited longest is closed in favour of a new
+    one, so that half-open connections cannot block the service.
 
     Attributes:
-        limit: connections held at a time.
+        limit: maximum number of connections.
     """
 
     limit = MAX_CONNECTIONS
@@ -45,12 +45,12 @@ class ImpatientProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
     _header_bytes = 0
 
     def connection_made(self, transport: Any) -> None:
-        """Begins to wait for the first request."""
+        """Starts waiting for the first request."""
         super().connection_made(transport)
         self._wait()
         if len(self.connections) > self.limit:
             longest = next(iter(self._waiting))
-            longest._stop_waiting()  # else it would be taken for the next one, too
+            longest._stop_waiting()  # otherwise it would be used for the next one, too
             longest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -59,7 +59,7 @@ class ImpatientProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Ends waiting where a request is there in full."""
+        """Stops waiting once a request is complete."""
         super().data_received(data)
         if self._is_answering():
             self._stop_waiting()
@@ -71,7 +71,7 @@ class ImpatientProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
                 self.transport.abort()
 
     def on_response_complete(self) -> None:
-        """Begins to wait for the next request."""
+        """Starts waiting for the next request."""
         super().on_response_complete()
         self._header_bytes = 0
         if not self.transport.is_closing() and not self._is_answering():

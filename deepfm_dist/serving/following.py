@@ -1,4 +1,4 @@
-"""A service follows a pointer: it answers with the model of the run that the pointer names."""
+"""Follows a pointer file: the service answers with the model of the run that it names."""
 
 import logging
 import time
@@ -14,23 +14,23 @@ from deepfm_dist.serving.workers import Generations
 from deepfm_dist.storage import follow_pointer
 
 POLL_S = 2.0
-"""Seconds between two looks at the pointer."""
+"""Seconds between checks of the pointer."""
 RETRY_S = 60.0
-"""Seconds until a model that could not be loaded is tried again."""
+"""Seconds until a failed load is retried."""
 log = logging.getLogger(__name__)
 
 
 class PointerFollower:
-    """Serves the model that a pointer names, and each one that it names later.
+    """Serves the model that a pointer names, and switches when it changes.
 
     The workers of the model in use answer until those of the new one do. A model that cannot be
-    loaded is logged once, and tried again every `RETRY_S`.
+    loaded is logged once, and retried every `RETRY_S`.
 
     Args:
-        generations: where models are loaded.
-        load: loads the model of a run's folder; None: of the command's own settings.
+        generations: load and serve models.
+        load: loads the model of a run's folder, or of the command's settings for None.
         pointer: the file that names the run in use; None: the first model stays.
-        folder: of the service; its status is kept there.
+        folder: of the service, for its status.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class PointerFollower:
         """Loads the first model; until then, workers without one answer.
 
         Raises:
-            Exception: what loading it raised.
+            Exception: loading failed.
         """
         self._generations.start_without_model()
         self._served = follow_pointer(self._pointer) if self._pointer else None
         self._replace(self._served)
 
     def follow(self) -> NoReturn:
-        """Looks at the pointer and at the workers, without end."""
+        """Checks the pointer and the workers in an endless loop."""
         while True:
             self._generations.wait(POLL_S)
             try:
@@ -75,7 +75,7 @@ class PointerFollower:
         before = self._served
         try:
             self._replace(named)
-        except Exception as error:  # a broken model must not end the service
+        except Exception as error:  # a broken model must not stop the service
             self._set(failed=self._status.failed + 1)
             self._keep(f"{named}: cannot be loaded: {brief(error)}")
             self._failed, self._retry_at = named, time.monotonic() + RETRY_S
@@ -89,7 +89,7 @@ class PointerFollower:
         self._served, self._failed = named, None
 
     def _keep(self, problem: str) -> None:
-        """Reports once why the model in use is not the one that the pointer names."""
+        """Logs once why the model in use is not the one that the pointer names."""
         if problem != self._status.problem:
             stays = self._served.name if self._served else "the model"
             log.warning("%s; %s stays in use", problem, stays)

@@ -1,4 +1,4 @@
-"""A run's model in one process, ready to answer for one user at a time."""
+"""A loaded model that answers requests for single users."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -52,7 +52,7 @@ from deepfm_dist.runs.trained import RunOnDisk, negative_rate, ranking_loss, set
 from deepfm_dist.training.evaluation import collate_rows
 
 CARDS = 100_000
-"""Items whose cards stay in memory."""
+"""Number of items with cached cards."""
 
 
 class Scored(NamedTuple):
@@ -61,9 +61,9 @@ class Scored(NamedTuple):
     Attributes:
         card: its displayed columns.
         score: logit or similarity.
-        probability: that the user takes it, corrected for drawn negatives; None: the model's scores
-            are not log-odds.
-        explanation: of the score, where one was asked for.
+        probability: that the user chooses it, corrected for drawn negatives; None: the model's
+            scores are not log-odds.
+        explanation: of the score, if requested.
     """
 
     card: Card
@@ -76,11 +76,11 @@ class Prediction(NamedTuple):
     """The score of a row.
 
     Attributes:
-        score: logit; None: it is not finite, as a number of the row is too far from those of
+        score: logit; None if it is not finite because a number of the row is too far from those of
             training.
-        probability: corrected for drawn negatives; None: the model's scores are no log-odds.
-        targets: the same of each of several targets, by name; ``score`` is then what items are
-            ranked by. None: there is one target.
+        probability: corrected for drawn negatives; None: the model's scores are not log-odds.
+        targets: the same for each of several targets, by name; ``score`` is then the ranking
+            score. None: there is one target.
     """
 
     score: float | None
@@ -89,11 +89,11 @@ class Prediction(NamedTuple):
 
 
 class ItemChoice(NamedTuple):
-    """Which items a request wants ranked.
+    """The items that a request wants to be ranked.
 
     Attributes:
         allow: external ids; None: all items.
-        block: external ids of items that are left out.
+        block: external ids of items to leave out.
         where: a filter, such as ``genre=Drama``; None: no filter.
     """
 
@@ -106,19 +106,19 @@ EVERY_ITEM = ItemChoice()
 
 
 class Unknown(KeyError):
-    """A user or item that is not in the training data; the arguments are its id and the run."""
+    """A user or item is not in the training data; the arguments are its id and the run."""
 
 
 class Unsupported(Exception):
-    """What this model cannot do."""
+    """The model does not support a request."""
 
 
 class Invalid(ValueError):
-    """A request names a field or value that the model does not know."""
+    """A request names an unknown field or value."""
 
 
 class Recommender:
-    """Answers for users and items by their external ids.
+    """Answers requests about users and items by external ids.
 
     Args:
         run: a finished run.
@@ -174,7 +174,7 @@ class Recommender:
         self._kept_users = _all_users(self._ranker.encoder, n_users, config.recommend.memory_bytes)
         masked = masked_splits(dataset, config.recommend.mask)
         self._positives = [bags for split in masked for bags in dataset.met(split)]
-        self._history = run.dataset.history  # in order of time, which the validation items are not
+        self._history = run.dataset.history  # in order of time, without validation items
         self._vectors = None
         if model.interaction_arch.fm is not None:
             self._vectors = unit_length(self._ranker.item_vectors())
@@ -237,25 +237,24 @@ class Recommender:
         choice: ItemChoice = EVERY_ITEM,
         explain: int = 0,
     ) -> tuple[list[Scored], dict[str, int]]:
-        """The best other items for a user, or for one described by items, attributes or both.
+        """The best other items for a known user, or one described by items, attributes or both.
 
         Args:
             items: external ids.
             k: number of items.
             attributes: values of user fields, by name.
             context: values of context fields, by name; default: those of the service.
-            user: a user of the training data, whose own items and attributes count.
-            choice: which items may be ranked.
+            user: a user of the training data, with the known items and attributes.
+            choice: items that may be ranked.
             explain: number of reasons for each.
 
         Returns:
-            The ranking, and how many ids of each list of ``choice`` are not in the training data.
+            The ranking, and the number of unknown ids in each list of ``choice``.
 
         Raises:
             Unknown: a user or an item is unknown.
-            Unsupported: the model has no field that is made of a user's items, or none of
-                attributes.
-            Invalid: no user is described, or a field or a value of one is unknown.
+            Unsupported: the model has no field of a user's items, or none of attributes. Invalid:
+                no user is described, or a field or value is unknown.
         """
         if user is None:
             self._check_described(items, attributes)
@@ -287,7 +286,7 @@ class Recommender:
         return self._with_explanations(found, batch, explain), unknown
 
     def _with_explanations(self, found: list[Scored], user: Batch, most: int) -> list[Scored]:
-        """A user's ranking with this many reasons for each item."""
+        """A user's ranking with reasons for each item."""
         if not most:
             return found
         rows = np.array([self._rows[str(scored.card.id)] for scored in found], np.int32)
@@ -296,13 +295,13 @@ class Recommender:
         return [s._replace(explanation=e) for s, e in zip(found, explained, strict=True)]
 
     def card_of(self, row: int) -> Card:
-        """What is displayed of an item row."""
+        """Display data of an item row."""
         return self._cards(row)
 
     def _listed_rows(
         self, choice: ItemChoice
     ) -> tuple[dict[str, Int32Array | None], dict[str, int]]:
-        """Item rows of the lists of a choice, and how many ids of each are unknown."""
+        """Item rows of a choice's lists, and the number of unknown ids in each."""
         rows: dict[str, Int32Array | None] = {}
         unknown = {}
         for name, ids in (("allow", choice.allow), ("block", choice.block)):
@@ -313,7 +312,7 @@ class Recommender:
         return rows, unknown
 
     def _check_described(self, items: Sequence[str], attributes: Mapping[str, Cell] | None) -> None:
-        """Refuses a description that this model cannot use; see `recommend_for`."""
+        """Refuses a description that the model cannot use; see `recommend_for`."""
         for item in items:
             if item not in self._rows:
                 raise Unknown(item, self.name)
@@ -336,14 +335,14 @@ class Recommender:
 
     @torch.no_grad()
     def predict(self, objects: Sequence[dict[str, Any]]) -> tuple[list[Prediction], dict[str, int]]:
-        """Scores rows as the command ``predict`` does.
+        """Scores rows like the command ``predict``.
 
         Args:
             objects: JSON values by the names of the log's columns.
 
         Returns:
-            A score for each row, and by field how many values training has never seen; these are
-            scored as unknown.
+            A score for each row, and the number of unknown values by field, which are scored as
+            unknown.
 
         Raises:
             Invalid: a field is missing or unknown, or a value cannot be read.
@@ -373,7 +372,7 @@ class Recommender:
     def _predictions(
         self, logits: npt.NDArray[np.float32], rates: float | npt.NDArray[np.float64]
     ) -> list[Prediction]:
-        """Of ``[n]`` logits; of several targets of ``[n, T]``."""
+        """Converts ``[n]`` or ``[n, T]`` logits to predictions."""
         if logits.ndim == 2:
             by_target = [self._predictions(column, rates) for column in logits.T]
             scores = self._predictions(logits @ np.array([*self._targets.values()]), rates)
@@ -395,7 +394,7 @@ class Recommender:
         ]
 
     def similar(self, item: str, k: int) -> list[Scored]:
-        """The items most similar to one by cosine, as the command ``similar`` ranks them.
+        """The items most similar to one by cosine, like the command ``similar``.
 
         Raises:
             Unknown: the item is unknown.
@@ -415,7 +414,7 @@ class Recommender:
         return self._shown(positions[0].numpy(), best[0].numpy())
 
     def history(self, user: str, n: int) -> tuple[list[Card], int]:
-        """A user's latest items of training, latest first, and how many there are.
+        """A user's training items, latest first, and their total number.
 
         Raises:
             Unknown: the user is unknown.
@@ -428,13 +427,13 @@ class Recommender:
         return [self._cards(int(i)) for i in known[::-1][:n]], len(items)
 
     def find(self, text: str, n: int) -> list[Card]:
-        """Items with a text in their title (or id), in the order of their ids."""
+        """Items with a text in their title (or id), sorted by id."""
         there = pc.match_substring(self._names, text, ignore_case=True)
         places = np.flatnonzero(np.asarray(there))[:n]
         return [self._cards(int(row)) for row in self._catalogue.rows[places]]
 
     def find_users(self, beginning: str, n: int) -> list[str]:
-        """Users by the beginning of their id, in the order of the ids."""
+        """Users by prefix of their id, sorted by id."""
         there = np.asarray(pc.starts_with(self._user_ids, beginning))
         ids: list[str] = self._user_ids.take(pa.array(np.flatnonzero(there)[:n])).to_pylist()
         return ids
@@ -451,7 +450,7 @@ class Recommender:
 
         Args:
             user: the user's side.
-            seen: positions that are not ranked.
+            seen: masked positions.
             k: number of items.
             log_rate: `NegativeRate` of the user.
             sets: items that are ranked; None: all.
@@ -484,14 +483,14 @@ class Recommender:
 
 
 def _bag(rows: Sequence[int] | Int32Array | None) -> Jagged:
-    """One list of item rows, each once, at its last place."""
+    """One list of distinct item rows, keeping last occurrences."""
     rows = [] if rows is None else [*map(int, rows)]
     distinct = np.array([*dict.fromkeys(reversed(rows))][::-1], np.int32)
     return Jagged(np.array([0, len(distinct)]), distinct)
 
 
 def _all_users(encoder: SideEncoder, n: int, memory_bytes: int) -> Side | None:
-    """The side of the user rows from 1 to n; None where it does not fit the memory."""
+    """The side of user rows 1 to n; None if it does not fit into memory."""
     [first] = encoder.users(np.ones(1, np.int32))
     if n * sum(t.nbytes for t in first.tensors) > memory_bytes:
         return None

@@ -1,4 +1,4 @@
-"""The model that a worker answers with, and whether a newer one could be loaded."""
+"""The model in use by a worker, and the status of its replacement."""
 
 import json
 import time
@@ -21,13 +21,13 @@ class NotReady(Exception):
 
 @dataclass(frozen=True)
 class Status:
-    """What the command reports to its workers.
+    """The status that the command shares with its workers.
 
     Attributes:
-        loaded: number of models loaded, the first one included.
-        failed: number of times that a new model could not be loaded.
-        problem: why the model that the pointer names is not in use; None: it is, or is being
-            loaded.
+        loaded: number of loaded models, including the first.
+        failed: number of failed loads.
+        problem: why the model that the pointer names is not in use; None if it is in use or
+            loading.
     """
 
     loaded: int = 0
@@ -47,16 +47,16 @@ class Status:
 
 
 class ModelInUse(Collector):
-    """The model of a worker, and what Prometheus is shown of it.
+    """A worker's model, and its Prometheus metrics.
 
     Args:
-        recommender: the model; None: it is still being loaded.
-        folder: of the service, where its status is; None: there is only this process.
+        recommender: the model; None while it is loading.
+        folder: of the service, with its status; None for a single process.
 
     Attributes:
         folder: see above.
-        is_retiring: whether another model has replaced this one, or will, as there is none yet:
-            clients are asked to close their connections.
+        is_retiring: whether this model, or the lack of one, has been replaced: clients are asked to
+            close their connections.
     """
 
     def __init__(self, recommender: Recommender | None = None, folder: Path | None = None) -> None:

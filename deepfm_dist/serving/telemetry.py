@@ -1,4 +1,4 @@
-"""Telemetry of requests: ids, metrics for Prometheus, log lines."""
+"""Request telemetry: ids, Prometheus metrics, log lines."""
 
 import json
 import logging
@@ -30,19 +30,19 @@ log = logging.getLogger(__name__)
 
 
 def share_figures(folder: Path, worker: str) -> None:
-    """Keeps the figures of this process in files, from which every worker reads those of all.
+    """Keeps this process' metrics in files, so that every worker can report those of all.
 
     Args:
         folder: of the service.
-        worker: distinguishes processes that live at the same time. One that replaces a dead one
-            continues its figures, so that their number of files stays bounded.
+        worker: distinguishes concurrent processes. A replacement of a dead process continues its
+            metrics, so that the number of files is bounded.
     """
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
     values.ValueClass = values.MultiProcessValue(lambda: worker)  # type: ignore[no-untyped-call]
 
 
 class Telemetry:
-    """Counts requests by route and status and their seconds by route, and gives each an id.
+    """Counts requests by route and status, measures their time by route, and assigns ids.
 
     The id is that of the request's header ``X-Request-ID``, or a new one; the answer has it in the
     same header.
@@ -50,7 +50,7 @@ class Telemetry:
     Args:
         app: the application.
         model: the model in use.
-        registry: what Prometheus is shown.
+        registry: of Prometheus metrics.
         logs_requests: whether each request is logged.
     """
 
@@ -60,7 +60,7 @@ class Telemetry:
         self._app, self._model, self._logs_requests = app, model, logs_requests
         disable_created_metrics()  # type: ignore[no-untyped-call]  # lines that nobody asks for
         own: CollectorRegistry | None = registry
-        if model.folder is not None:  # the figures of all workers, this one's included
+        if model.folder is not None:  # the metrics of all workers, including this one
             own = None
             MultiProcessCollector(registry, str(model.folder))  # type: ignore[no-untyped-call]
         self._count = Counter(
@@ -91,7 +91,7 @@ class Telemetry:
             await self._app(scope, receive, send_marked)
         finally:
             seconds = time.perf_counter() - begun
-            # By template: ids would give every user a line of their own.
+            # By template: raw paths would create one series per user.
             route = getattr(scope.get("route"), "path_format", "other")
             self._count.labels(route, str(status)).inc()
             self._seconds.labels(route).observe(seconds)
@@ -116,10 +116,10 @@ def _request_id(scope: Scope) -> bytes:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line, with the fields of a request where it is about one."""
+    """One JSON object per line, with the fields of a request if it is about one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
+        """Formats a record."""
         time_ = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line = {
             "time": time_,

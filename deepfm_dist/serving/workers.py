@@ -1,18 +1,18 @@
-"""Processes that answer requests: for each model a generation of workers, which share its memory.
+"""The service's processes: for each model, a generation of workers that share its memory.
 
     the command          listens, and starts a generation for each model that is to be served
       a generation       loads the model, starts its workers and replaces those that die
         a worker         answers requests
 
 Workers are forked from the process that has loaded the model: its tables, indices and compiled
-kernels are in memory once. uvicorn's own supervisor spawns workers, each of which would load the
-model again.
+kernels are in memory once. uvicorn's supervisor spawns workers, each of which would load the model
+again.
 
 All workers accept connections from one socket. With SO_REUSEPORT each would have its own queue,
-and connections in it would be reset when a worker leaves.
+whose connections would be reset when a worker exits.
 
-However a process ends, those below it notice by the end of a pipe, its lifeline: they answer
-what they are asked on the connections they have, and end.
+However a process ends, its children notice by the end of a pipe, the lifeline: they finish the
+requests on their connections, and exit.
 """
 
 import asyncio
@@ -52,28 +52,28 @@ from deepfm_dist.serving.replacement import ModelInUse
 from deepfm_dist.serving.telemetry import share_figures
 
 DRAIN_S = REQUEST_S + 5
-"""Seconds that a worker has to answer what it is asked after it is asked to end."""
+"""Seconds within which a retiring worker has to finish its requests."""
 LEAVE_S = 2.0
-"""Seconds that connections to the worker without a model may delay those of the first model."""
+"""Seconds by which connections to the worker without a model may delay the first model's."""
 RESTART_S = 1.0
-"""Seconds from the start of a worker until another may replace it."""
+"""Minimum seconds between the start of a worker and its replacement."""
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""Signals that end a process of the service."""
+"""Signals that stop a process of the service."""
 FORK = multiprocessing.get_context("fork")
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """What all workers of a service have in common.
+    """Options shared by all workers of a service.
 
     Attributes:
         listening: the socket.
         hosts: see `make_app`.
-        folder: of the service, where its processes keep figures and status.
-        n_workers: of a generation.
-        threads: of a worker.
+        folder: of the service, where its processes keep metrics and status.
+        n_workers: per generation.
+        threads: per worker.
         logs_requests: whether each request is logged.
     """
 
@@ -89,8 +89,8 @@ class Generation:
     """A process that loads a model, and its workers.
 
     Args:
-        number: distinguishes generations that live at the same time.
-        load: loads the model; it may return None, for workers that answer without one.
+        number: distinguishes concurrent generations.
+        load: loads the model; may return None, for workers that answer without one.
         n_workers: number of workers.
         options: of all workers.
     """
@@ -111,7 +111,7 @@ class Generation:
         self._lifeline: int | None = held
         self._lifelines.add(held)
         self.process = FORK.Process(target=self._main, args=(pipe, lifeline))
-        gc.freeze()  # a collection writes to every object it visits, and so copies its page
+        gc.freeze()  # garbage collection writes to every object, which would copy shared pages
         self.process.start()
         pipe.close()
         os.close(lifeline)
@@ -120,7 +120,7 @@ class Generation:
         """Waits until the model is loaded; no worker is started yet.
 
         Raises:
-            Exception: what loading the model raised.
+            Exception: loading the model failed.
         """
         self._receive()
 
@@ -130,7 +130,7 @@ class Generation:
         Raises:
             EnvironmentProblem: a worker ended at its start.
         """
-        with suppress(BrokenPipeError):  # its end is reported below
+        with suppress(BrokenPipeError):  # its exit is reported below
             self._pipe.send(None)
         self._receive()
 
@@ -148,7 +148,7 @@ class Generation:
             raise error
 
     def retire(self) -> None:
-        """Ends the generation once its connections are closed."""
+        """Stops the generation once its connections are closed."""
         if self._lifeline is not None:
             self._lifelines.remove(self._lifeline)
             os.close(self._lifeline)
@@ -165,7 +165,7 @@ class Generation:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches every process
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        _signal_at_end_of_parent(signal.SIGTERM)  # loading does not look at the lifeline
+        _signal_at_end_of_parent(signal.SIGTERM)  # loading does not check the lifeline
         command = multiprocessing.parent_process()
         if command is None or not command.is_alive():
             return
@@ -248,7 +248,7 @@ class Generation:
             ws="none",
             backlog=BACKLOG,
             log_config=None,
-            log_level="error",  # a client's mistake is not worth a line
+            log_level="error",  # client errors are not logged
             access_log=False,
             timeout_graceful_shutdown=int(DRAIN_S),
         )
@@ -256,13 +256,13 @@ class Generation:
 
 
 class _Worker(uvicorn.Server):
-    """uvicorn's server, which can also leave without closing a connection that a client may use.
+    """uvicorn's server with a graceful exit that does not close connections in use.
 
     Args:
         config: uvicorn's settings.
-        model: is marked when it retires, so that responses ask clients to close the connection.
-        lifeline: file that ends when the worker is to retire.
-        begins: file that gets a byte when the worker answers.
+        model: marked as retiring, so that responses ask clients to close connections.
+        lifeline: file that ends when the worker should retire.
+        begins: file that receives a byte when the worker is ready.
     """
 
     def __init__(
@@ -272,7 +272,7 @@ class _Worker(uvicorn.Server):
         self._model, self._lifeline, self._begins = model, lifeline, begins
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Ends after requests that have begun; ctrl-C is left to the command."""
+        """Exits after current requests; ctrl-C is left to the command."""
         if sig == signal.SIGINT:
             return
         if not self.started:
@@ -281,11 +281,11 @@ class _Worker(uvicorn.Server):
         asyncio.get_running_loop().call_soon_threadsafe(self._leave, 0.0)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begins to answer."""
+        """Starts answering."""
         await super().startup(sockets)
         self._leaving: asyncio.Task[None] | None = None
         asyncio.get_running_loop().add_reader(self._lifeline, self._retire)
-        with suppress(BrokenPipeError):  # the process that started it has died meanwhile
+        with suppress(BrokenPipeError):  # the parent process has died
             os.write(self._begins, b"1")
         os.close(self._begins)
 
@@ -294,7 +294,7 @@ class _Worker(uvicorn.Server):
         self._leave(DRAIN_S)
 
     def _leave(self, drain_s: float) -> None:
-        """Accepts no more connections, and ends once all are closed, or after some seconds."""
+        """Stops accepting connections, and exits once all are closed or after some seconds."""
         for server in self.servers:
             server.close()
         self._model.is_retiring = True
@@ -302,14 +302,14 @@ class _Worker(uvicorn.Server):
 
     async def _exit_after_connections(self, drain_s: float) -> None:
         deadline = time.monotonic() + drain_s
-        await asyncio.sleep(0.1)  # requests on connections accepted a moment ago are not read yet
+        await asyncio.sleep(0.1)  # requests on recently accepted connections may not be read yet
         while self.server_state.connections and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         self.should_exit = True
 
 
 class Generations:
-    """The generations of a service: the one in use, and earlier ones that are ending.
+    """The generations of a service: the one in use, and earlier ones that are retiring.
 
     Args:
         options: of all workers.
@@ -325,8 +325,8 @@ class Generations:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ends all processes after they have answered what they are asked."""
-        self._options.listening.close()  # connections are refused once no process has it
+        """Stops all processes after their current requests."""
+        self._options.listening.close()  # connections are refused once no process holds it
         for generation in self._living:
             generation.process.terminate()
         deadline = time.monotonic() + DRAIN_S + 2 * REQUEST_S
@@ -337,22 +337,22 @@ class Generations:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process of the model in use is there; its workers answer without it."""
+        """Whether the process of the model in use is alive; its workers answer without it."""
         return self._living[-1].process.is_alive()
 
     def start_without_model(self) -> None:
-        """Starts a worker that answers while the first model is being loaded."""
+        """Starts a worker that answers while the first model is loading."""
         self._first = self._start(lambda: None, n_workers=1)
         self._living.append(self._first)
 
     def replace(self, load: Callable[[], Recommender]) -> None:
-        """Loads a model; earlier workers answer until its own do.
+        """Loads a model; earlier workers answer until its workers are ready.
 
-        The worker without a model ends before those of the first one begin: whoever has seen that
-        the service is ready gets answers of a model. Connections wait meanwhile.
+        The worker without a model exits before the first model's workers start: once the service
+        reported ready, answers come from a model. Connections wait in the meantime.
 
         Raises:
-            Exception: what loading the model raised; nothing is replaced.
+            Exception: loading the model failed; nothing is replaced.
         """
         self._reap()
         generation = self._start(load, self._options.n_workers)
@@ -381,16 +381,16 @@ class Generations:
         return generation
 
     def wait(self, timeout_s: float) -> None:
-        """Waits until the time-out, or until a process ends."""
+        """Waits until a process ends, or for the time-out."""
         connection.wait(
             [g.process.sentinel for g in self._living if g.process.is_alive()], timeout_s
         )
         self._reap()
 
     def _reap(self) -> None:
-        """Forgets generations that have ended.
+        """Drops generations that have ended.
 
-        The number of one that was killed is not used again, since its workers may still live.
+        The number of a killed one is not reused, since its workers may still be alive.
         """
         last = self._living[-1:]
         self._living = [g for g in self._living if g in last or g.process.exitcode != 0]
@@ -398,7 +398,7 @@ class Generations:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Around a fork: the new process gets signals once it has unblocked them.
+    """Blocks signals around a fork, until the child unblocks them.
 
     Otherwise one that arrives during Python's callbacks after a fork is lost: its handler raises
     `SystemExit` there, which Python prints and ignores.
@@ -411,7 +411,7 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _signal_at_end_of_parent(number: int) -> None:
-    """Has the kernel send this process a signal when its parent ends; 0: none."""
+    """Makes the kernel send this process a signal when its parent ends; 0: none."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
@@ -420,7 +420,7 @@ def _exit(signum: int, frame: FrameType | None) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """An error as another process can raise it; a bug's has its traceback as a note."""
+    """A picklable form of an error; bugs carry their traceback as a note."""
     if not isinstance(error, DeepFMError):
         error.add_note("".join(traceback.format_exception(error)))
     with suppress(Exception):

@@ -1,7 +1,7 @@
-"""Input files -> Arrow record batches; a bad cell is named by file, line and value.
+"""Reads input files as Arrow record batches; errors name file, line and value of a bad cell.
 
-Each format has a `Reader`, which gives the columns as the file has them; `cells` converts those to
-the types that are asked for.
+Each format has a `Reader`, which returns columns with the file's types; `cells` converts them to
+the requested types.
 """
 
 from collections import Counter
@@ -66,7 +66,7 @@ _READERS: dict[str, type[Reader]] = {
     ".orc": ColumnarReader,
     ".jsonl": JsonLinesReader,
 }
-"""By suffix; any other file is delimited text."""
+"""Readers by suffix; any other file is delimited text."""
 
 
 def read_batches(
@@ -78,17 +78,17 @@ def read_batches(
     name: str = "",
     groups: tuple[int, int] | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Streams some columns of a file of any format that `docs/data.md` lists.
+    """Streams columns of a file in any format listed in `docs/data.md`.
 
     Args:
         path: the file, or its URL; the suffix names the format.
-        columns: what to read, in the order wanted.
-        layout: what the name does not tell: column names, delimiter, encoding.
+        columns: what to read, in order.
+        layout: what the file name does not show: column names, delimiter, encoding.
         on_bad_row: whether a row with an unreadable or empty required cell is an error or dropped;
             None: an error that does not name this setting, where it has no effect.
-        dropped: counts of dropped rows by reason, added to.
-        name: what `data.files` calls the file, for error messages and reasons; empty: `data.files`
-            does not describe it.
+        dropped: counts of dropped rows by reason; updated.
+        name: the file's name in `data.files`, for messages and reasons; empty if `data.files` does
+            not describe it.
         groups: see `InputFile`.
 
     Yields:
@@ -114,11 +114,11 @@ def read_batches(
 
 
 def in_pieces(file: InputFile, n_bytes: int) -> list[InputFile]:
-    """A file, or pieces of a large Parquet file that can be read in parallel.
+    """The file, or pieces of a large Parquet file to read in parallel.
 
     Args:
         file: to divide.
-        n_bytes: the least size of a piece but the last, uncompressed.
+        n_bytes: minimum uncompressed size of all pieces but the last.
     """
     source = Source(file.path, file.pattern)
     if file.text_bytes < 2 * n_bytes or source.suffix != ".parquet":
@@ -150,7 +150,7 @@ def column_names(path: str | Path, layout: FileFormat | None = None) -> list[str
 
     Args:
         path: the file, or its URL.
-        layout: what the name does not tell; None: `data.files` does not describe the file.
+        layout: what the file name does not show; None if `data.files` does not describe the file.
 
     Raises:
         DataError: the file is missing, empty or not readable.
@@ -162,16 +162,16 @@ def column_names(path: str | Path, layout: FileFormat | None = None) -> list[str
 def find_lists(
     path: str | Path, names: Sequence[str], layout: FileFormat | None = None, name: str = ""
 ) -> dict[str, bool]:
-    """Whether columns of a file hold lists, by their types or, as text, by the first rows.
+    """Detects which columns hold lists, by their types or, for text, by the first rows.
 
     Args:
         path: the file, or its URL.
-        names: the columns to look at.
+        names: the columns.
         layout: of the file.
-        name: what `data.files` calls it.
+        name: its name in `data.files`.
 
     Returns:
-        By name; columns whose first rows are empty are left out.
+        Whether each column holds lists; columns with empty first rows are left out.
 
     Raises:
         EmptyFile: the file has no rows.
@@ -193,16 +193,16 @@ def find_lists(
 def length_of_vectors(
     path: str | Path, column: Column, layout: FileFormat | None = None, name: str = ""
 ) -> int | None:
-    """How many numbers the first readable vector of a file has; None: all cells are empty.
+    """Length of the first readable vector of a file; None if all cells are empty.
 
     Args:
         path: the file, or its URL.
         column: of type vector.
         layout: of the file.
-        name: what `data.files` calls it.
+        name: its name in `data.files`.
 
     Raises:
-        DataError: the file cannot be read, lacks the column, or that holds something else.
+        DataError: the file cannot be read, or the column is missing or holds something else.
     """
     unreadable: str | None = None
     reader = _reader(Source(str(path), name), [column], layout, Counter())
@@ -233,10 +233,9 @@ _NO_VALUES = r"^\s*(\[(\s|,|\"|null)*\]|\|[\s|]*)\s*$"
 
 
 def find_empty_list(path: str | Path, column: str) -> int | None:
-    """The number of the first row, from 1, whose cell is a list without values; None: no row.
+    """The first row, counted from 1, whose cell is a list without values; None if there is none.
 
-    Elements that are null or empty are no values. `read_table` gives such a list for a null cell,
-    too.
+    Null and empty elements are not values. `read_table` also returns such a list for a null cell.
 
     Args:
         path: the file.
@@ -269,7 +268,7 @@ def read_table(
     dropped: Counter[str] | None = None,
     name: str = "",
 ) -> pa.Table:
-    """All batches of `read_batches` as one table."""
+    """Reads all batches of `read_batches` as one table."""
     schema = pa.schema([(c.key, c.arrow_type) for c in columns])
     batches = read_batches(path, columns, layout, on_bad_row, dropped, name)
     return pa.Table.from_batches(batches, schema)
@@ -278,11 +277,11 @@ def read_table(
 def read_objects(
     objects: Sequence[dict[str, Any]], columns: Sequence[Column], name: str
 ) -> pa.Table:
-    """Objects in memory as `read_table` reads a file of JSON lines.
+    """Reads objects in memory like `read_table` a file of JSON lines.
 
     Args:
-        objects: JSON values by member, an object per row, at least one.
-        columns: what to read, in the order wanted.
+        objects: JSON values by member, one object per row, at least one.
+        columns: what to read, in order.
         name: of the objects, for error messages.
 
     Raises:
@@ -310,7 +309,7 @@ def read_objects(
 
 
 def in_tables(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
-    """Record batches of any size -> tables of this many rows, the last one shorter."""
+    """Regroups record batches into tables of this many rows; the last one is shorter."""
     waiting: list[pa.RecordBatch] = []
     for batch in batches:
         waiting.append(batch)
@@ -325,7 +324,7 @@ def in_tables(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table
 def laid_out_like(
     path: str | Path, columns: Sequence[Column], layout: FileFormat | None
 ) -> FileFormat | None:
-    """How a file is laid out that is like another, but may have a header where that has none.
+    """The layout of a file that is like another but may have a header.
 
     Args:
         path: the file, or its URL.

@@ -35,17 +35,17 @@ def open_array(file: InputFile) -> npt.NDArray[np.generic]:
 def read_vectors(
     files: Sequence[InputFile], ids_file: str, n_ids: int, dim: int, skip_bad: bool
 ) -> tuple[npt.NDArray[np.float32], int]:
-    """The vectors of some NumPy files, one after the other.
+    """Reads the vectors of NumPy files, concatenated.
 
     Args:
         files: the NumPy files.
         ids_file: name of the file with the ids, for messages.
         n_ids: its rows.
         dim: length of every vector.
-        skip_bad: whether a vector with NaN or infinity is left out; else it is an error.
+        skip_bad: whether to skip a vector with NaN or infinity; otherwise it is an error.
 
     Returns:
-        ``[n_ids, dim]`` float32 with NaN in the rows that are left out, and how many these are.
+        ``[n_ids, dim]`` float32 with NaN in skipped rows, and their number.
 
     Raises:
         DataError: the shapes do not fit, or a number is not finite.

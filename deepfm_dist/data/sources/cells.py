@@ -1,4 +1,4 @@
-"""Cells as a file has them -> the types that are asked for."""
+"""Converts a file's cells to the requested types."""
 
 import json
 import logging
@@ -52,13 +52,13 @@ _WANTED = {
     "vector": "a vector of numbers",
 }
 _LARGE_FLOATS = {pa.float64(): 2.0**53, pa.float32(): 2.0**24, pa.float16(): 2.0**11}
-"""From where on a float stands for several integers."""
+"""Floats from here on represent several integers."""
 _TRUTH = {"false": 0.0, "true": 1.0}
 _DECIMAL_COMMA = r"^(\s*[-+]?\d*),(\d*(?:[eE][-+]?\d+)?\s*)$"
 _HAS_POINT = "\N{NO-BREAK SPACE}(a point)"
-"""Marks a number with a point where the comma is the decimal separator."""
+"""Marks numbers with a point if the decimal separator is a comma."""
 _GROUP_MARKS = {",": ",", ".": r"\.", "'": "['\u2019]", " ": "[ \u00a0\u202f]"}
-"""What separates thousands by `FileFormat.thousands`: a regular expression."""
+"""Regular expressions of thousands separators by `FileFormat.thousands`."""
 _SPLIT_NAMES = pa.array(["0", "1", "2", "train", "valid", "test"])
 
 ColumnType = Literal["text", "texts", "number", "weight", "time", "label", "split", "vector"]
@@ -66,14 +66,14 @@ ColumnType = Literal["text", "texts", "number", "weight", "time", "label", "spli
 
 @dataclass(frozen=True)
 class Check:
-    """What a column's cells must be, in addition to their type.
+    """A check of a column's cells, in addition to their type.
 
     Attributes:
-        wrong: ``[n]`` string -> ``[n]`` bool: which are something else; an empty cell never is.
-        wanted: what they are to be, after "is not".
-        setting: of the format of times, where the cells are times.
-        formats: that the setting names.
-        cure: what to do first about one that is something else.
+        wrong: ``[n]`` string -> ``[n]`` bool: invalid cells; an empty cell is valid.
+        wanted: description of valid cells, to follow "is not".
+        setting: name of the time format setting, if the cells are times.
+        formats: values of that setting.
+        cure: first advice about an invalid cell.
     """
 
     wrong: Callable[[pa.Array], npt.NDArray[np.bool_]]
@@ -85,7 +85,7 @@ class Check:
 
 @dataclass(frozen=True)
 class _Fault:
-    """Cells of a batch that are not what they are to be: `Check`, applied.
+    """Invalid cells of a batch: a `Check`, applied.
 
     Attributes:
         wrong: ``[n]`` bool.
@@ -107,16 +107,14 @@ class Column:
         type: text -> string; texts -> list of string; number -> float64; weight -> float32 above
             0; time -> `times.TIME`; label -> int8 0 or 1; split -> int8 0, 1 or 2 (train, valid,
             test); vector -> list of float32, null where it is empty.
-        required: whether an empty cell makes the row a bad one (else it becomes null).
-        missing: words that count as an empty cell.
-        checks: what makes a row a bad one, too.
-        separator: of texts and vectors: what stands between the values of a cell that is not a
-            list.
-        formats: of a time, as `times.read_times` takes them.
-        derived_from: what its texts are, which have the separators of `FileFormat`: numbers or
-            times; None: words.
-        purpose: what it is read for, where one column of a file is read for several; the name that
-            its values go by. Default: ``name``.
+        required: whether an empty cell makes the row invalid; otherwise it becomes null.
+        missing: words that count as empty.
+        checks: further checks.
+        separator: for texts and vectors, between the values of a cell that is not a list.
+        formats: of times, see `times.read_times`.
+        derived_from: type of its text for values derived from numbers or times, which use the
+            separators of `FileFormat`; None: words.
+        purpose: distinguishes several uses of one column; names its values. Default: ``name``.
     """
 
     name: str
@@ -131,25 +129,25 @@ class Column:
 
     @property
     def key(self) -> str:
-        """What its values are called."""
+        """The name of its values."""
         return self.purpose or self.name
 
     @property
     def arrow_type(self) -> pa.DataType:
-        """What its values are read as."""
+        """The Arrow type of its values."""
         return _TYPES[self.type]
 
 
 class CellTyper:
-    """Gives cells the types that are asked for; rows with bad ones are named or dropped.
+    """Converts cells to the requested types; refuses or drops rows with invalid cells.
 
     Args:
         source: the file.
         columns: to read.
-        dropped: counts of dropped rows by reason, added to in place.
-        skip_bad: whether a row with a bad cell is dropped; else it is an error.
-        where: where a row of the file stands, for an error line.
-        cells_of: a column's cells in a batch of the file.
+        dropped: counts of dropped rows by reason; updated.
+        skip_bad: whether to drop rows with an invalid cell; otherwise they are errors.
+        where: returns the place of a row in the file, for messages.
+        cells_of: returns a column's cells in a batch of the file.
     """
 
     def __init__(
@@ -168,14 +166,14 @@ class CellTyper:
         self._with_large_floats: set[str] = set()
 
     def typed(self, batch: pa.RecordBatch, first_row: int) -> pa.RecordBatch:
-        """The rows whose cells can be read, typed as `Column` says.
+        """The valid rows, typed as in `Column`.
 
         Args:
-            batch: the columns wanted, with the file's own types.
-            first_row: rows of the file before it.
+            batch: the requested columns, with the file's types.
+            first_row: number of rows before it in the file.
 
         Raises:
-            DataError: a cell or a column cannot be read as what it is to be.
+            DataError: a cell or column cannot be converted.
         """
         arrays, headers = [], _header_rows(batch)
         if headers.any():
@@ -215,7 +213,7 @@ class CellTyper:
         return typed
 
     def _number_cure(self, column: Column, cell: str) -> str:
-        """What to do first about a cell that is not a number, ended by "or"; may be empty."""
+        """Advice about a cell that is not a number, ending with "or"; may be empty."""
         cures = []
         if re.match(_DECIMAL_COMMA, cell):
             meant = "where the comma is a decimal point, say so"
@@ -232,7 +230,7 @@ class CellTyper:
         return "".join(f"{cure}, or " for cure in cures)
 
     def _refuse_headers(self, headers: npt.NDArray[np.bool_], first_row: int) -> None:
-        """Names the first row that repeats the header; where bad rows are dropped, counts them."""
+        """Refuses rows that repeat the header, or counts them if bad rows are dropped."""
         if not self._skip_bad:
             where = self._where(first_row + int(headers.argmax()))
             raise DataError(
@@ -242,7 +240,7 @@ class CellTyper:
         self._dropped[f"{self._source.name}: rows that repeat the header"] += int(headers.sum())
 
     def _converted(self, column: Column, batch: pa.RecordBatch) -> tuple[pa.Array, pa.Array]:
-        """A column's cells as they are read, null where empty, and their values."""
+        """A column's cells, null if empty, and their converted values."""
         start = f"{self._source.path}: column {column.name!r}"
         try:
             cells = without(plain(self._cells_of(batch, column)), column.missing)
@@ -267,7 +265,7 @@ class CellTyper:
             ) from None
 
     def _warn_of_large_floats(self, column: Column, cells: pa.Array) -> None:
-        """Says that ids are floats which stand for several integers; once for each column."""
+        """Warns, once per column, about ids that are floats too large to be exact integers."""
         if column.name in self._with_large_floats:
             return
         sizes = pc.abs(cells.cast(pa.float64()))
@@ -288,7 +286,7 @@ class CellTyper:
     def _time_cure(
         self, column: Column, fault: _Fault, cells: pa.Array, values: pa.Array
     ) -> str | None:
-        """Which formats of times would read the cells that are not read, and the others as well."""
+        """Advice on a time format that reads all cells."""
 
         def texts(which: npt.NDArray[np.bool_]) -> list[str]:
             some = cells.filter(pa.array(which)).drop_null().slice(0, 1000)
@@ -311,7 +309,7 @@ class CellTyper:
     def _refuse(
         self, column: Column, fault: _Fault, cells: pa.Array, values: pa.Array, first_row: int
     ) -> None:
-        """Names the first of some bad cells in an error, or the first of a file in a warning."""
+        """Raises an error about the first bad cell, or warns about the first one of a file."""
         if self._skip_bad and self._warned:
             return
         row = int(fault.wrong.argmax())
@@ -353,7 +351,7 @@ class CellTyper:
 
 
 def _nested_cure(column: Column, error: NestedError, is_prepared: bool) -> str:
-    """What to do about cells that are nested otherwise than is asked for; may be empty."""
+    """Advice about unexpectedly nested cells; may be empty."""
     if error.is_list:
         field = column.purpose.removeprefix("field ")
         if field != column.purpose and is_prepared:
@@ -364,13 +362,13 @@ def _nested_cure(column: Column, error: NestedError, is_prepared: bool) -> str:
 
 
 def _header_rows(batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
-    """``[n]`` bool: rows whose cells are the names of their columns."""
+    """``[n]`` bool: rows that repeat the column names."""
     is_header = np.zeros(batch.num_rows, bool)
     for number, name in enumerate(batch.schema.names):
         cells = plain(batch.column(number))
         if not is_text(cells.type):
             return np.zeros(batch.num_rows, bool)
-        names = pa.array([name, f"\ufeff{name}"], cells.type)  # perhaps with a byte-order mark
+        names = pa.array([name, f"\ufeff{name}"], cells.type)  # possibly with a byte-order mark
         is_name = np.asarray(pc.is_in(cells, value_set=names)).astype(bool)
         is_header = is_name if number == 0 else is_header & is_name
         if not is_header.any():
@@ -379,9 +377,9 @@ def _header_rows(batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
 
 
 def plain_numbers(cells: pa.Array, kind: ColumnType, layout: FileFormat) -> pa.Array:
-    """Numbers as text with a file's separators -> with decimal points alone.
+    """Normalises numbers in text: decimal points, no thousands separators.
 
-    Where the comma is the decimal separator, numbers with a point become no numbers.
+    If the decimal separator is a comma, numbers with a point become invalid.
     """
     if kind in ("text", "texts", "vector") or not is_text(cells.type):
         return cells
@@ -404,7 +402,7 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def without(cells: pa.Array, words: tuple[str, ...]) -> pa.Array:
-    """Cells with some words, or the numbers that these words are, turned to null."""
+    """Cells with words for "missing", or the equivalent numbers, replaced by null."""
     if not words:
         return cells
     if is_text(cells.type):
@@ -428,8 +426,7 @@ def vectors_of(cells: pa.Array, separator: str | None = None) -> pa.ListArray:
         separator: of a text without brackets.
 
     Returns:
-        ``[n]`` list of float32: null where the cell is null or an empty list; with a null in the
-        place of an element that is not a number.
+        ``[n]`` list of float32: null for a null cell or empty list; invalid elements are null.
 
     Raises:
         NestedError: the cells are neither lists nor texts.
@@ -450,7 +447,7 @@ def vectors_of(cells: pa.Array, separator: str | None = None) -> pa.ListArray:
 
 
 def _shown_vector(cell: list[object]) -> str:
-    """A vector in an error line: its beginning, its length and its first element that is wrong."""
+    """A vector for a message: its beginning, length and first invalid element."""
     numbers = [_float_or_none(str(x)) if x is not None else None for x in cell]
     finite = [x is not None and abs(x) <= float(np.finfo(np.float32).max) for x in numbers]
     first = ", ".join(str(x) for x in cell[:3]) + (", ..." if len(cell) > 3 else "")
@@ -462,11 +459,11 @@ def _shown_vector(cell: list[object]) -> str:
 
 
 def _convert(cells: pa.Array, kind: str) -> pa.Array:
-    """Cells -> the column's type; what cannot be read becomes null."""
+    """Converts cells to the column's type; unreadable ones become null."""
     if kind == "text":
         try:
             return cells.cast(pa.string())
-        except pa.ArrowInvalid:  # bytes, of which some are no text
+        except pa.ArrowInvalid:  # bytes that are not all valid UTF-8
             return pa.array([_text_or_none(c) for c in cells.to_pylist()], pa.string())
     if kind == "split":
         place = pc.index_in(pc.utf8_trim_whitespace(cells.cast(pa.string())), _SPLIT_NAMES)
@@ -474,7 +471,7 @@ def _convert(cells: pa.Array, kind: str) -> pa.Array:
     if is_text(cells.type):
         cells = _numbers(cells, _TRUTH if kind in ("label", "number") else {})
     cells = cells.cast(pa.float64(), safe=False)
-    # NaN and infinity, in float32, are nothing to learn from.
+    # NaN and infinity, in float32, cannot be learned from.
     cells = pc.if_else(pc.is_finite(cells.cast(pa.float32(), safe=False)), cells, None)
     if kind == "weight":
         cells = cells.cast(pa.float32(), safe=False)
@@ -486,7 +483,7 @@ def _convert(cells: pa.Array, kind: str) -> pa.Array:
 
 
 def _numbers(cells: pa.Array, words: Mapping[str, float]) -> pa.Array:
-    """Text -> float64, null where it is neither a number nor one of some words."""
+    """Text -> float64, null if it is neither a number nor one of some words."""
     cells = pc.utf8_trim_whitespace(cells)
     try:
         return cells.cast(pa.float64())
@@ -498,7 +495,7 @@ def _numbers(cells: pa.Array, words: Mapping[str, float]) -> pa.Array:
 
 
 def _float_or_none(text: str | None) -> float | None:
-    """A number as files have it: Python would also take 1_000 and digits of other scripts."""
+    """Parses a number; unlike Python, refuses 1_000 and digits of other scripts."""
     if text is None or not text.isascii() or "_" in text:
         return None
     try:
@@ -508,7 +505,7 @@ def _float_or_none(text: str | None) -> float | None:
 
 
 def _is_too_large(text: str) -> bool:
-    """Whether a text that `_convert` rejects has the digits of a number."""
+    """Whether text rejected by `_convert` is a number that is too large."""
     return _float_or_none(text) is not None and any(digit in text for digit in "0123456789")
 
 

@@ -1,4 +1,4 @@
-"""Parquet, Arrow (Feather) and ORC files: columns with types of their own."""
+"""Parquet, Arrow (Feather) and ORC files."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,26 +18,26 @@ _BATCH_ROWS, _BATCH_VECTORS = 1 << 20, 1 << 15  # a list array has at most 2**31
 
 
 class ColumnarReader(Reader):
-    """Reads files whose columns have types."""
+    """Reads files with typed columns."""
 
     takes = frozenset({"decimal", "thousands", "optional"})
     _groups: Sequence[int] | None = None
 
     def read_only(self, groups: tuple[int, int]) -> int:
-        """Makes `batches` give some row groups of a Parquet file.
+        """Restricts `batches` to some row groups of a Parquet file.
 
         Args:
-            groups: the first one and the one behind the last.
+            groups: the first one and the one after the last.
 
         Returns:
-            How many rows of the file come before them.
+            Number of rows of the file before them.
         """
         self._groups = range(*groups)
         metadata = pq.ParquetFile(self.source.open()).metadata
         return sum(metadata.row_group(g).num_rows for g in range(groups[0]))
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The columns wanted, with the types that the file says."""
+        """Yields the requested columns with the file's types."""
         present, read = self._open()
         self.locate(present)
         names = self.names
@@ -65,14 +65,14 @@ class ColumnarReader(Reader):
 
 
 def parquet_groups(source: Source, n_bytes: int) -> list[tuple[int, int]]:
-    """Cuts a Parquet file at row groups.
+    """Divides a Parquet file at row groups.
 
     Args:
         source: the file.
-        n_bytes: the least size of a piece but the last, uncompressed.
+        n_bytes: minimum uncompressed size of all pieces but the last.
 
     Returns:
-        For each piece, its first row group and the one behind its last.
+        For each piece, its first row group and the one after its last.
     """
     metadata = pq.ParquetFile(source.open()).metadata
     pieces, begin, size = [], 0, 0
@@ -106,9 +106,9 @@ def _parquet(source: Source, groups: Sequence[int] | None = None) -> tuple[list[
 def _without_overflow(
     exact: pa.RecordBatch, coarse: pa.RecordBatch, names: Sequence[str]
 ) -> pa.RecordBatch:
-    """Timestamps of INT96, in nanoseconds, or in microseconds where one is beyond the year 2262.
+    """INT96 timestamps in nanoseconds, or in microseconds if one is beyond the year 2262.
 
-    Arrow makes nanoseconds of them, which wrap around there without a word.
+    Arrow's nanoseconds would silently wrap around.
     """
     for name in names:
         microseconds = pc.abs(coarse[name].cast(pa.int64()))
@@ -132,7 +132,7 @@ def _arrow(source: Source) -> tuple[list[str], _Read]:
 
 
 def _validate(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """A batch that is sound: Arrow's own formats are mapped as they are, damaged offsets too."""
+    """Validates a batch: Arrow's formats are memory-mapped, including damaged offsets."""
     batch.validate(full=True)
     return batch
 

@@ -1,4 +1,4 @@
-"""Names of files by day: ranges such as ``clicks/{2026-11-01..2026-11-07}.csv``."""
+"""File names by day: ranges such as ``clicks/{2026-11-01..2026-11-07}.csv``."""
 
 import re
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ _MOST_DAYS = 3660
 
 
 def each_day(name: str) -> list[str]:
-    """The names that a range of days stands for, in order; a name without one is itself.
+    """Expands a range of days to names, in order; other names are returned unchanged.
 
     Raises:
-        ConfigError: the range is empty or holds something other than days.
+        ConfigError: the range is empty or not of days.
     """
     match = _RANGE.search(name)
     if match is None:
@@ -38,12 +38,12 @@ def each_day(name: str) -> list[str]:
 
 
 def names_day(name: str) -> bool:
-    """Whether a name has a place for the day: ``{day}``, ``{day-1}``, ``{day-6..day}``."""
+    """Whether a name has a placeholder: ``{day}``, ``{day-1}``, ``{day-6..day}``."""
     return _DAY.search(name) is not None
 
 
 def on_day(name: str, day: date) -> list[tuple[str, date]]:
-    """A name with its places for the day filled in.
+    """Fills in the placeholders of a name.
 
     Args:
         name: may have ``{day}``, ``{day-1}`` for the day before, ``{day-6..day}`` for seven days,
@@ -51,8 +51,7 @@ def on_day(name: str, day: date) -> list[tuple[str, date]]:
         day: the day.
 
     Returns:
-        The names, each with the day that was filled in first; ``day`` itself where there is no
-        place.
+        The names, each with the first day filled in, or ``day`` without a placeholder.
     """
     match = _DAY.search(name)
     if match is None:

@@ -1,6 +1,6 @@
 """Delimited text: csv, tsv, dat, libsvm; errors name the line.
 
-Arrow parses; a file is read again, by Python, only to say where it is wrong.
+Arrow parses; Python rereads a file only to locate errors.
 """
 
 import codecs
@@ -33,14 +33,14 @@ log = logging.getLogger(__name__)
 _DELIMITERS = {
     ", ": '", "', "; ": '"; "', ",": '","', ";": ";", "\t": '"\\t"', "|": '"|"', "::": '"::"'
 }  # fmt: skip
-"""What may separate cells, and how YAML has it."""
-_MANY_LINES = 100  # more in one cell are worth a word: two stray quotes may have made it one
-_ID_LINE = re.compile(r"[\w-]+:")  # of Netflix's files: the item of the rows below it
-_UNIT_SEPARATOR = b"\x1f"  # stands in for '::', since Arrow wants one-byte delimiters
+"""Delimiters, and how to write them in YAML."""
+_MANY_LINES = 100  # warn about longer cells: two stray quotes may have joined rows
+_ID_LINE = re.compile(r"[\w-]+:")  # Netflix's files: the item of the following rows
+_UNIT_SEPARATOR = b"\x1f"  # replaces '::', since Arrow requires one-byte delimiters
 
 
 class DelimitedReader(Reader):
-    """Reads lines of cells with a delimiter between them; libsvm too."""
+    """Reads delimited lines, and libsvm."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class DelimitedReader(Reader):
         self.quoted = layout.quoted and not (self.wide or self.libsvm)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The columns wanted, as text."""
+        """Yields the requested columns as text."""
         if self.libsvm and not self.layout.columns:
             raise DataError(
                 f"{self.source.path}: libsvm has no column names; "
@@ -68,16 +68,16 @@ class DelimitedReader(Reader):
         yield from self._text()
 
     def present(self) -> Sequence[str]:
-        """The names that the configuration gives, or those of the header line."""
+        """The configured column names, or those of the header line."""
         return self.layout.columns or self.first_row()
 
     def cells(self, batch: pa.RecordBatch, column: Column) -> pa.Array:
-        """A column's cells; of libsvm the half of each that is wanted."""
+        """A column's cells; for libsvm, the requested half of each."""
         cells = super().cells(batch, column)
         return _half(cells, 1 if column.type == "number" else 0) if self.libsvm else cells
 
     def layout_hint(self, present: Sequence[str]) -> str:
-        """Advice: another delimiter that would give the columns, or a missing header line."""
+        """Advice if another delimiter would fit, or the header line is missing."""
         wanted, line = {c.name for c in self.columns}, self.delimiter.join(present)
         if line.startswith("#"):
             if present[0].lstrip("# ") in wanted:
@@ -109,12 +109,12 @@ class DelimitedReader(Reader):
         return ""
 
     def _is_separated_by(self, mark: str, header: str, wanted: set[str]) -> bool:
-        """Whether cells seem to be separated by another delimiter, given the header line."""
+        """Whether the header line suggests another delimiter."""
         if mark not in header or not wanted & set(header.split(mark)):
             return False
         if " " not in mark:
             return True
-        # Spaces may be in the header alone; with a delimiter of two characters, quotes are text.
+        # Only the header may have spaces; with a two-character delimiter, quotes are text.
         rows = [self.delimiter.join(cells) for _, _, cells in islice(self._parse(), 100)]
         return len({row.count(mark) for row in rows}) == 1 and not any('"' in row for row in rows)
 
@@ -138,7 +138,8 @@ class DelimitedReader(Reader):
                 ),
                 pa_csv.ConvertOptions(
                     column_types={name: pa.string() for name in self.names},
-                    # The others' types would be guessed from the first block and then held to.
+                    # Arrow would infer the other columns' types from the first block and then
+                    # enforce them.
                     include_columns=only,
                     strings_can_be_null=True,
                     null_values=[""],
@@ -150,7 +151,7 @@ class DelimitedReader(Reader):
         try:
             try:
                 reader = open_reader(self.names)
-            except KeyError:  # a column is missing: look what there is
+            except KeyError:  # a column is missing: find out what the file has
                 self.locate(open_reader(None).schema.names)
                 raise
             yield from reader
@@ -169,9 +170,9 @@ class DelimitedReader(Reader):
         except self.source.failures as error:
             raise DataError(self._unreadable(error)) from None
         finally:
-            # What a decoder or a remote file raised passed through this frame, and Arrow's reading
-            # thread keeps it: were the reader still here, that thread could be the one to free it,
-            # and would wait for its own end.
+            # An error of a decoder or remote file references this frame, and Arrow's reading thread
+            # keeps the error: if the frame still held the reader, that thread might be the one to
+            # free it, and would wait for itself.
             reader = None
 
         if quotes is not None and quotes.most_lines > _MANY_LINES:
@@ -192,7 +193,7 @@ class DelimitedReader(Reader):
         )
 
     def _utf_8(self, quotes: Quotes | None = None) -> TextStream:
-        """The file's text as Arrow is to read it."""
+        """The file's text, prepared for Arrow."""
         return TextStream(
             self.source.stream(), self.encoding, self.dropped is not None, self._rewritten, quotes
         )
@@ -205,13 +206,13 @@ class DelimitedReader(Reader):
         return lines
 
     def _check_beginning(self) -> None:
-        """Refuses text that its encoding cannot decode, and missing or duplicate columns."""
+        """Refuses undecodable text, and missing or duplicate columns."""
         try:
             begin = self.source.stream().read(5)
         except DataError:
             raise
         except self.source.failures:
-            return  # the reader says why
+            return  # the reader reports the error
         if begin[:2] in (b"\xff\xfe", b"\xfe\xff") and self.encoding.lower().startswith("utf-8"):
             raise DataError(
                 f"{self.source.path}, line 1: not readable: it starts like UTF-16; "
@@ -227,11 +228,11 @@ class DelimitedReader(Reader):
             header = first
         elif not self.libsvm:
             self._check_first_row(header, first)
-        if header and NO_TEXT not in "".join(header):  # else the reader says where
+        if header and NO_TEXT not in "".join(header):  # otherwise the reader reports where
             self.locate(header)
 
     def _check_first_row(self, names: Sequence[str], cells: Sequence[str]) -> None:
-        """Refuses a header line where the configuration names the columns."""
+        """Refuses a header line if the configuration names the columns."""
         first = dict(zip(names, cells, strict=False))
         wanted = [c.name for c in self.columns if c.name in first]
         same = [name for name in wanted if first[name].strip().casefold() == name.casefold()]
@@ -256,17 +257,17 @@ class DelimitedReader(Reader):
                 short(",".join(first.values())),
             )
 
-    # -- diagnosis: the file is read again, only to say where it is wrong ------------------------
+    # -- diagnosis: the file is reread only to locate errors ------------------------
 
     def first_row(self) -> Sequence[str]:
-        """The cells of the first line that is not blank; empty where none can be read."""
+        """The cells of the first non-blank line; empty if none can be read."""
         with suppress(csv.Error, *self.source.failures):
             for _, _, cells in self._parse():
                 return cells
         return ()
 
     def _parse(self) -> Iterator[tuple[int, int, Sequence[str]]]:
-        """(row below the header, line it begins on, cells) of every row that is not blank."""
+        """(row below the header, its first line, cells) of every non-blank row."""
         text = io.TextIOWrapper(
             io.BufferedReader(TextStream(self.source.stream(), self.encoding, replace=True)),
             "utf-8-sig",
@@ -290,7 +291,7 @@ class DelimitedReader(Reader):
                 row += 1
 
     def _cells(self, line: str) -> list[str]:
-        """A line without quotes, split where Arrow does."""
+        """Splits a line without quotes like Arrow."""
         parted = line.replace(self.delimiter, _UNIT_SEPARATOR.decode()) if self.wide else line
         mark, escape = _UNIT_SEPARATOR.decode() if self.wide else self.delimiter, self.layout.escape
         if escape is None:
@@ -299,7 +300,7 @@ class DelimitedReader(Reader):
         return next(rows, [])
 
     def where(self, row: int) -> str:
-        """The line on which a row begins."""
+        """The first line of a row."""
         with suppress(csv.Error, *self.source.failures):
             for number, line, _ in self._parse():
                 if number == row:
@@ -321,7 +322,7 @@ class DelimitedReader(Reader):
         return f"{start}{short(text)}; fix the row{self.source.or_skip}"
 
     def _cells_of_every_row(self, expected: int) -> str | None:
-        """Advice where every row has a different number of cells from the header."""
+        """Advice if no row has as many cells as the header."""
         rows: list[Sequence[str]] = []
         with suppress(csv.Error, *self.source.failures):
             rows = [cells for row, _, cells in islice(self._parse(), 100) if row >= 0]
@@ -345,7 +346,7 @@ class DelimitedReader(Reader):
 
     @property
     def _without_comments(self) -> str:
-        """How to write a file without its lines that begin with #."""
+        """Advice on removing lines that begin with #."""
         return "write it without comments: " + self._filter_command("grep -v '^#'")
 
     def _id_above_rows(self, line: str) -> str:
@@ -357,7 +358,7 @@ class DelimitedReader(Reader):
         )
 
     def _filter_command(self, command: str) -> str:
-        """A shell command that passes the file through another and writes NAME-rows.SUFFIX."""
+        """A shell command that filters the file into NAME-rows.SUFFIX."""
         name = Path(self.source.path).name
         stem, *suffixes = name.split(".")
         kept = [s for s in suffixes if f".{s.lower()}" not in PACKED]
@@ -392,7 +393,7 @@ class DelimitedReader(Reader):
         return self.source.cure(what, "quoted: false", "write the file without quotes")
 
     def _too_long(self) -> DataError:
-        """Why a row is longer than Arrow takes: a stray quote, if there is one."""
+        """Why a row is too long for Arrow: a stray quote, if there is one."""
         if self.quoted:
             stream = self._utf_8(Quotes(self.delimiter, self.layout.escape))
             try:
@@ -405,7 +406,7 @@ class DelimitedReader(Reader):
         )
 
     def _line_at(self, offset: int) -> int:
-        """The number of the line at this byte offset, from 1."""
+        """The line at this byte offset, counted from 1."""
         line, before = 1, b""
         stream = self._utf_8()
         while offset > 0 and (block := stream.read(min(offset, 1 << 20))):
@@ -435,7 +436,7 @@ class DelimitedReader(Reader):
 
 
 class _Raw(io.RawIOBase):
-    """An Arrow stream as Python's io sees one."""
+    """Adapts an Arrow stream to Python's io."""
 
     def __init__(self, stream: Any) -> None:
         self._of_arrow = stream
@@ -450,6 +451,6 @@ class _Raw(io.RawIOBase):
 
 
 def _half(cells: pa.Array, which: int) -> pa.Array:
-    """One half of libsvm's ``index:value``; a cell without colon, such as the label, as it is."""
+    """One half of libsvm's ``index:value``; cells without a colon are unchanged."""
     pattern = (r":.*$", r"^[^:]*:")[which]
     return pc.replace_substring_regex(cells, pattern, "")

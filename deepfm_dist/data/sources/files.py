@@ -1,4 +1,4 @@
-"""Which files a configuration's names and patterns stand for."""
+"""Resolves a configuration's file names and patterns."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,15 +16,15 @@ from deepfm_dist.storage import local_path
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file that a configuration's name or pattern stands for.
+    """An input file.
 
     Attributes:
         path: a local path, or a URL that fsspec opens.
-        name: as it stands in the configuration, below ``data.root``.
+        name: relative to ``data.root``.
         size: in bytes.
-        stamp: changes when the contents do, as far as the file system tells.
-        pattern: the name or pattern itself, which `data.files` describes it by.
-        groups: the first of the Parquet row groups to read and the one behind the last; None: all.
+        stamp: changes with the contents, as far as the file system shows.
+        pattern: the configured name or pattern, the key in `data.files`.
+        groups: the first Parquet row group to read and the one after the last; None: all.
     """
 
     path: str
@@ -36,22 +36,22 @@ class InputFile:
 
     @property
     def text_bytes(self) -> int:
-        """About as many bytes as its rows would take as plain text."""
+        """Approximate size of its rows as plain text."""
         suffix = Path(self.path).suffix.lower()
         return self.size * (4 if suffix in PACKED or suffix in (".parquet", ".orc") else 1)
 
 
 def find_files(root: str | Path, files: Files) -> list[InputFile]:
-    """The files that names and patterns stand for.
+    """Finds the files that match names and patterns.
 
     Args:
         root: folder: a local one, or a URL such as ``s3://bucket/logs``.
-        files: names or patterns below it. Files come in their order, those of a pattern in the
-            order of their names.
+        files: names or patterns below it. Files are in their order, those of a pattern sorted by
+            name.
 
     Raises:
         DataError: no file matches, or the file system cannot be reached.
-        ConfigError: two patterns stand for the same file, or a name is a URL, which is a matter of
+        ConfigError: two patterns match the same file, or a name is a URL, which belongs in
             ``data.root``.
     """
     by_path: dict[str, InputFile] = {}
@@ -115,11 +115,11 @@ def _remote(root: str, name: str) -> list[InputFile]:
         ]
     except FileNotFoundError:
         raise DataError(_not_found(url, name, False, ())) from None
-    except Exception as error:  # a file system may raise anything, such as for a lacking password
+    except Exception as error:  # a file system may raise anything, such as for missing credentials
         raise DataError(f"{url}: cannot be read: {brief(error)}") from None
     if not infos:
         raise DataError(_not_found(url, name, bool(listed), inside))
-    # A change shows in whichever of these the file system keeps.
+    # Changes show in whichever of these the file system provides.
     marks = ("ETag", "etag", "mtime", "LastModified", "updated", "created")
     return [
         InputFile(
@@ -138,7 +138,7 @@ def _is_pattern(name: str) -> bool:
 
 
 def _is_hidden(path: str, pattern: str) -> bool:
-    """Whether a pattern matched a hidden file it does not name: ``_SUCCESS``, ``.part-0.crc``."""
+    """Whether a pattern matched a hidden file: ``_SUCCESS``, ``.part-0.crc``."""
 
     def is_hidden(part: str, patterns: Sequence[str]) -> bool:
         return part[:1] in (".", "_") and not any(p[:1] == part[:1] for p in patterns)
@@ -150,7 +150,7 @@ def _is_hidden(path: str, pattern: str) -> bool:
 
 
 def _not_found(where: str, name: str, is_folder: bool, inside: Iterable[str]) -> str:
-    """Why a name stands for no file, with the pattern of the files in a folder of that name."""
+    """Why no file matches; suggests a pattern if the name is a folder."""
     if names_day(name):
         return f"{where}: no such file: python -m deepfm_dist.nightly fills in its day"
     if not is_folder:
@@ -161,11 +161,11 @@ def _not_found(where: str, name: str, is_folder: bool, inside: Iterable[str]) ->
 
 
 def find_file(root: str | Path, files: Files, setting: str) -> str:
-    """Path or URL of the one file that a name, a pattern or a list of them stands for.
+    """Path or URL of the only file that names or patterns match.
 
     Raises:
         DataError: no file matches, or the file system cannot be reached.
-        ConfigError: there are several; ``setting`` is what to name one by.
+        ConfigError: several match; ``setting`` is the one to correct.
     """
     matches = find_files(root, files)
     if len(matches) > 1:

@@ -1,4 +1,4 @@
-"""JSON lines: an object per line; errors name the line."""
+"""JSON lines: one object per line; errors name the line."""
 
 import io
 import json
@@ -33,16 +33,16 @@ _FROM_PYTHON = (
 
 
 class JsonLinesReader(Reader):
-    """Reads an object per line, or one array of objects, which has to fit into memory.
+    """Reads one object per line, or one array of objects, which must fit into memory.
 
     Every value becomes text: numbers without a fraction as integers, lists and objects as JSON;
-    null and members that are not there become null.
+    null and missing members become null.
     """
 
     takes = frozenset({"encoding", "decimal", "thousands", "optional"})
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The members wanted, as text."""
+        """Yields the requested members as text."""
         seen: dict[str, None] = {}
         names: list[str] = []
         row = 0
@@ -51,7 +51,7 @@ class JsonLinesReader(Reader):
                 for value in objects:
                     seen |= dict.fromkeys(value)
             if not names:
-                # A member that objects may lack can still come in a later block.
+                # An optional member may first appear in a later block.
                 optional = [c.name.split(".")[0] for c in self.columns if not c.required]
                 known = {*seen, *self.source.partitions}
                 self.locate([*seen, *(n for n in optional if n not in known)])
@@ -69,7 +69,7 @@ class JsonLinesReader(Reader):
         return list(dict.fromkeys(name for value in next(self._blocks()) for name in value))
 
     def where(self, row: int) -> str:
-        """The line of an object; its number where the file is one array."""
+        """The line of an object, or its index if the file is one array."""
         if not self._is_array():
             with suppress(*self.source.failures):
                 for number, (line, _) in enumerate(self._lines()):
@@ -89,7 +89,7 @@ class JsonLinesReader(Reader):
             texts[at] = json_text(values[at]) if nested else NO_TEXT
         try:
             return pa.array(texts, pa.string())
-        except UnicodeEncodeError:  # half of a surrogate pair, as a cut text ends with
+        except UnicodeEncodeError:  # half of a surrogate pair, from truncated text
             whole = [t and t.encode("utf-8", "replace").decode() for t in texts]
             return pa.array(whole, pa.string())
 
@@ -120,7 +120,7 @@ class JsonLinesReader(Reader):
         return False
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
-        """Number, from 1, and text of every line that is not blank."""
+        """Number, from 1, and text of every non-blank line."""
         with self._text() as text:
             for number, line in enumerate(text, start=1):
                 if number == 1:
@@ -167,7 +167,7 @@ class JsonLinesReader(Reader):
             raise DataError(self.source.unreadable(error)) from None
 
     def _decoder(self) -> json.JSONDecoder:
-        """Refuses objects that have a member twice which is wanted."""
+        """Refuses objects with duplicate requested members."""
         names = [column.name for column in self.columns]
         return json_decoder(*names, *(part for name in names for part in name.split(".")))
 
@@ -228,9 +228,9 @@ class ObjectReader(JsonLinesReader):
     """Reads objects in memory as if they were the lines of a file.
 
     Args:
-        source: a name for them, in error messages.
+        source: their name in error messages.
         columns: to read.
-        objects: JSON values by member, an object per row.
+        objects: JSON values by member, one object per row.
     """
 
     def __init__(

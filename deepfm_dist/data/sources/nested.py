@@ -1,4 +1,4 @@
-"""Nested values: lists, objects and their members, in Arrow's types or written as text."""
+"""Nested values: lists, objects and their members, as Arrow types or text."""
 
 import ast
 import csv
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 _LITERAL = r"(?s)\A\s*\[.*\]\s*\z"
 _SET = r"""(?s)\A\s*(?:\(\s*['"].*\)|\{\s*['"].*\})\s*\z"""  # or a tuple, of texts
 _NUMPY = re.compile(r"""\[\s*(?:'[^']*'|"[^"]*")(?:\s+(?:'[^']*'|"[^"]*"))+\s*\]""")
-_ARRAY = r"""(?s)\A\s*\{[^{}:]*\}\s*\z"""  # as PostgreSQL writes them: {a,"b c",NULL}
+_ARRAY = r"""(?s)\A\s*\{[^{}:]*\}\s*\z"""  # PostgreSQL arrays: {a,"b c",NULL}
 _GUID = re.compile(r"\{[\da-fA-F]{8}-[\da-fA-F-]+\}")
 _QUOTED = re.compile(r"""'([^']*)'|"([^"]*)\"""")
 _NUMBERS = re.compile(r"\s*[-+.\deE]+(?:\s+[-+.\deE]+)*\s*")
@@ -27,12 +27,12 @@ _LISTS_OF_LISTS = "holds lists of lists; write each cell as one list"
 
 
 class NestedError(ValueError):
-    """Cells are nested otherwise than is asked for.
+    """Cells have unexpected nesting.
 
     Args:
         message: the problem, to follow the column's name.
-        members: what the cells' objects have, one of which would do.
-        is_list: whether they are lists where one value is expected.
+        members: of the cells' objects, one of which could be used.
+        is_list: whether they are lists instead of single values.
     """
 
     def __init__(self, message: str, members: Iterable[str] = (), is_list: bool = False) -> None:
@@ -41,7 +41,7 @@ class NestedError(ValueError):
 
 
 def plain(cells: pa.Array) -> pa.Array:
-    """Cells without an encoding or a layout of their own."""
+    """Cells without dictionary encoding or view layouts."""
     if pa.types.is_dictionary(cells.type):
         cells = cells.dictionary_decode()
     return cells.cast(pa.string()) if pa.types.is_string_view(cells.type) else cells
@@ -65,7 +65,7 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def holds_lists(cells: pa.Array) -> bool:
-    """Whether cells are lists: by their type, or at least half of the first ones as text."""
+    """Whether cells are lists: by type, or by at least half of the first texts."""
     cells = plain(cells)
     if not is_text(cells.type):
         return is_list(cells.type)
@@ -75,7 +75,7 @@ def holds_lists(cells: pa.Array) -> bool:
 
 
 def list_literals(texts: pa.Array) -> pa.Array:
-    """Those of some texts that are lists, sets or tuples, as Python or JSON write them."""
+    """The texts that are list, set or tuple literals of Python or JSON."""
     sets = texts.filter(pc.match_substring_regex(texts, _SET))
     sets = sets.filter(
         pa.array([_listed_in(text) is not None for text in sets.to_pylist()], pa.bool_())
@@ -85,20 +85,20 @@ def list_literals(texts: pa.Array) -> pa.Array:
     arrays = arrays.filter(pc.invert(pc.match_substring_regex(arrays, _GUID.pattern)))
     arrays = arrays.filter(pc.invert(pc.is_in(arrays, value_set=sets)))
     if not pc.any(pc.match_substring(arrays, ","), min_count=0).as_py():
-        arrays = arrays[:0]  # of braces alone, {a}, nobody knows
+        arrays = arrays[:0]  # {a} is ambiguous
     return pa.concat_arrays([lists, sets, arrays])
 
 
 def members(cells: pa.Array, path: tuple[str, ...], single: bool = False) -> pa.Array:
-    """Members of nested cells: of ``[{"name": "a"}, {"name": "b"}]`` name is ``["a", "b"]``.
+    """Members of nested cells: name of ``[{"name": "a"}, {"name": "b"}]`` is ``["a", "b"]``.
 
     Args:
         cells: ``[n]`` structs, maps or lists of them; or texts that are JSON or Python literals.
         path: names, outermost first.
-        single: whether members of texts may be no lists and no objects.
+        single: whether members of texts must be single values.
 
     Returns:
-        ``[n]`` the members; of texts again texts.
+        ``[n]`` the members; texts if the cells are texts.
 
     Raises:
         NestedError: the member does not exist or is nested.
@@ -150,16 +150,16 @@ def _get(value: Any, name: str) -> Any:
 def as_lists(cells: pa.Array, separator: str | None = None) -> pa.ListArray:
     """Cells -> lists of texts.
 
-    Elements of lists are taken as they are; a text in square brackets is a list, with or without
-    quotes around its elements, and so is a Python set or tuple of texts, and PostgreSQL's
-    ``{a,"b c"}``; any other text is split at the separator.
+    Elements of lists are kept. Text in square brackets is a list, with or without quotes around its
+    elements, and so is a Python set or tuple of texts, and PostgreSQL's ``{a,"b c"}``; other text
+    is split at the separator.
 
     Args:
         cells: ``[n]`` lists or single values.
-        separator: between the values of a text; None: it is one value.
+        separator: between the values of a text; None: do not split.
 
     Returns:
-        ``[n]`` list of string, empty where the cell is null.
+        ``[n]`` list of string, empty for a null cell.
 
     Raises:
         NestedError: elements are lists or objects.
@@ -181,8 +181,8 @@ def as_lists(cells: pa.Array, separator: str | None = None) -> pa.ListArray:
 def texts_of(cells: pa.Array) -> pa.Array:
     """Single values -> text.
 
-    Floats without a fraction become what their integers are, since pandas makes floats of integers
-    with gaps: 1e10 is 10000000000, NaN is null. Likewise decimals: 1.00 is 1.
+    Integral floats are written as integers, since pandas turns integers with gaps into floats: 1e10
+    is 10000000000, NaN is null. The same holds for decimals: 1.00 is 1.
 
     Raises:
         NestedError: they are lists or objects.
@@ -209,11 +209,11 @@ def texts_of(cells: pa.Array) -> pa.Array:
 
 
 def text_of(value: Any, gaps_are_null: bool = True) -> str | None:
-    """A Python value as `texts_of` writes it.
+    """A Python value as text, like `texts_of`.
 
     Args:
         value: None, a bool, a number or a text.
-        gaps_are_null: whether NaN and infinity are null; else they are their names.
+        gaps_are_null: whether NaN and infinity are null; otherwise their names are used.
     """
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -232,14 +232,14 @@ def json_text(value: Any) -> str | None:
 
 
 def _as_lists(lists: pa.Array, elements: pa.Array) -> pa.ListArray:
-    """Other elements in the place of a list array's flattened ones."""
+    """A list array with its flattened elements replaced."""
     lengths = np.asarray(pc.list_value_length(lists).fill_null(0))
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int32)])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), elements)
 
 
 def _map_distinct(cells: pa.Array, function: Callable[[str], Any], kind: pa.DataType) -> pa.Array:
-    """A Python function of each cell, called once for each distinct one; null stays null."""
+    """Maps a Python function over distinct cells; nulls stay null."""
     distinct = cells.dictionary_encode()
     values = [function(text) for text in distinct.dictionary.to_pylist()]
     return pa.array(values, kind).take(distinct.indices)
@@ -247,7 +247,7 @@ def _map_distinct(cells: pa.Array, function: Callable[[str], Any], kind: pa.Data
 
 @cache
 def json_decoder(*names: str) -> json.JSONDecoder:
-    """Decodes JSON; an object with two members of one of some names raises `NestedError`."""
+    """Decodes JSON; duplicates of requested members raise `NestedError`."""
     wanted = frozenset(names)
 
     def once(members: list[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -266,10 +266,10 @@ def _check_once(members: Sequence[Any], wanted: frozenset[str]) -> None:
 
 
 def _parsed(text: str, *wanted: str) -> Any:
-    """A JSON or Python literal; a text that is neither, as it is.
+    """Parses a JSON or Python literal; other text is returned unchanged.
 
     Raises:
-        NestedError: an object has two members of a name that is wanted.
+        NestedError: an object has a duplicate requested member.
     """
     try:
         return json_decoder(*wanted).decode(text)
@@ -283,10 +283,10 @@ def python_literal(text: str, *wanted: str) -> Any:
     """The value of a Python literal; other text unchanged.
 
     Raises:
-        NestedError: a dict has a key twice that is wanted.
+        NestedError: a dict has a duplicate requested key.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a backslash that escapes nothing
+        warnings.simplefilter("ignore")  # about invalid escapes
         try:
             tree = ast.parse(text.strip(), mode="eval")
             for node in ast.walk(tree) if wanted else ():
@@ -301,7 +301,7 @@ def python_literal(text: str, *wanted: str) -> Any:
 
 
 def _listed_in(text: str) -> list[str] | None:
-    """The texts in a Python set or tuple, in their order; None if it is something else."""
+    """The texts in a Python set or tuple, in order; None for anything else."""
     values = python_literal(f"[{text.strip()[1:-1]}]")
     if isinstance(values, list) and all(isinstance(value, str) for value in values):
         return values
@@ -309,7 +309,7 @@ def _listed_in(text: str) -> list[str] | None:
 
 
 def _array(inner: str) -> list[str]:
-    """The elements of a PostgreSQL array, given what its braces hold; NULL is left out."""
+    """The elements of a PostgreSQL array, given its contents without braces; NULL is left out."""
     reader = csv.reader([inner], escapechar="\\", skipinitialspace=True)
     return [text for text in next(reader, []) if text and text.upper() != "NULL"]
 
@@ -323,7 +323,7 @@ def _elements(text: str, separator: str | None) -> list[str]:
         return _array(body[1:-1])
     values: Any = None
     if body.startswith("[") and body.endswith("]"):
-        if _NUMPY.fullmatch(body):  # ['a' 'b']: to Python, one text
+        if _NUMPY.fullmatch(body):  # Python joins ['a' 'b'] to one text
             values = [single or double for single, double in _QUOTED.findall(body)]
         else:
             values = _parsed(body)

@@ -1,4 +1,4 @@
-"""What every format's reader offers; a new format is one more subclass."""
+"""The base class of format readers; a new format is a new subclass."""
 
 import json
 from abc import ABC, abstractmethod
@@ -15,16 +15,16 @@ from deepfm_dist.data.sources.source import Source
 from deepfm_dist.errors import DataError
 from deepfm_dist.messages import nearest
 
-_MOST_NAMES = 100  # of columns, that an error line lists
+_MOST_NAMES = 100  # maximum number of columns listed in a message
 
 
 class MissingColumnError(DataError):
     """A file lacks a column.
 
     Args:
-        text: the error line.
-        column: that is missing.
-        cure: what to do where other files have it; None: the line names a better cure.
+        text: the message.
+        column: the missing column.
+        cure: advice if other files have the column; None if the message has a better one.
     """
 
     def __init__(self, text: str, column: str, cure: str | None) -> None:
@@ -34,13 +34,12 @@ class MissingColumnError(DataError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a column's cells come from.
+    """The source of a column's cells.
 
     Attributes:
-        column: the file's column; None where a folder of the path gives the value.
-        path: members of nested cells to follow: ``genres.name`` is the member name of the column
-            genres.
-        value: what the folder gives; None: all cells are null.
+        column: the file's column; None if a folder of the path provides the value.
+        path: members of nested cells: ``genres.name`` is the member name of the column genres.
+        value: the folder's value; None: all cells are null.
     """
 
     column: str | None
@@ -49,21 +48,20 @@ class Place:
 
 
 class Reader(ABC):
-    """Reads some columns of a file, as the file has them.
+    """Reads columns of a file with the file's types.
 
     Args:
         source: the file.
         columns: to read.
-        layout: what the file's name does not tell.
-        dropped: counts of dropped rows by reason, added to; None: a row that cannot be read is an
-            error.
+        layout: what the file name does not show.
+        dropped: counts of dropped rows by reason; updated; None: unreadable rows are errors.
 
     Attributes:
-        places: where the columns come from, by name; complete when the first batch is there.
+        places: sources of the columns, by name; complete after the first batch.
     """
 
     takes: frozenset[str] = frozenset(FileFormat.model_fields)
-    """Settings of `FileFormat` that the format has a use for."""
+    """Settings of `FileFormat` that the format supports."""
 
     def __init__(
         self,
@@ -85,7 +83,7 @@ class Reader(ABC):
 
     @abstractmethod
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The file's columns that `places` names, with the file's own types.
+        """Yields the columns named in `places`, with the file's types.
 
         Raises:
             EmptyFile: the file is empty.
@@ -94,7 +92,7 @@ class Reader(ABC):
 
     @abstractmethod
     def present(self) -> Sequence[str]:
-        """The columns that the file has, those of objects in its first lines.
+        """The file's columns, or the members of its first objects.
 
         Raises:
             DataError: the file cannot be read.
@@ -113,32 +111,32 @@ class Reader(ABC):
         return plain_numbers(cells, column.derived_from or column.type, self.layout)
 
     def where(self, row: int) -> str:
-        """Where a row stands, for an error line.
+        """The place of a row, for messages.
 
         Args:
-            row: its number among the rows that `batches` gives, from 0.
+            row: its number among the rows of `batches`, from 0.
         """
         return f"row {row + 1}"
 
     def layout_hint(self, present: Sequence[str]) -> str:
-        """What a lacking column says about the file's layout, to end an error line with.
+        """Advice about the file's layout if a column is missing, to end a message.
 
         Args:
-            present: the columns that the file seems to have.
+            present: the columns that the file appears to have.
         """
         return ""
 
     @property
     def names(self) -> list[str]:
-        """Columns of the file that `batches` gives, each once."""
+        """Distinct columns of the file in `batches`."""
         named = [place.column for place in self.places.values() if place.column is not None]
         return list(dict.fromkeys(named))
 
     def locate(self, present: Sequence[str]) -> None:
-        """Finds out where each column comes from.
+        """Locates each column.
 
-        A column of that name comes first, then a member of one, then a folder of the path; else
-        the cells of an optional one are null.
+        A column of that name takes precedence, then a member of one, then a folder of the path;
+        otherwise cells of an optional column are null.
 
         Args:
             present: the columns that the file has.
@@ -172,7 +170,7 @@ class Reader(ABC):
             self.places[column.name] = place
 
     def _cure_for_lacking(self, column: Column) -> str:
-        """What to do about a column that other files have."""
+        """Advice about a missing column that other files have."""
         if column.required:
             needed = "every row needs it, so `optional` has no effect: "
             needed = needed if column.name in self.layout.optional else ""

@@ -1,4 +1,4 @@
-"""One input file: how it is opened and unpacked, and what an error line says about it."""
+"""Opens and decompresses one input file, and provides its part of error messages."""
 
 import lzma
 import re
@@ -17,9 +17,9 @@ from deepfm_dist.errors import DataError
 from deepfm_dist.messages import brief
 
 BLOCK_BYTES = 4 << 20
-"""Of text, that is parsed at a time."""
+"""Bytes of text to parse at a time."""
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4", ".xz": "xz", ".zip": "zip"}
-"""Names of packings by suffix; Arrow unpacks all but xz and zip."""
+"""Compression formats by suffix; Arrow supports all but xz and zip."""
 _HEAD_BYTES = 512
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _MAGIC: dict[bytes, str] = {
@@ -64,7 +64,7 @@ _UNREADABLE: dict[str, tuple[str, str]] = {
     ".html": ("an HTML page, such as a site's page to log in", "download the file again"),
     ".lfs": ("a Git LFS pointer instead of the file", "fetch the file with git lfs pull"),
 }
-"""What is not read: what it is, and what to do."""
+"""Unsupported formats: name, and advice."""
 _OTHER_NAMES = {
     ".feather": ".arrow", ".ipc": ".arrow", ".arrows": ".arrow", ".pq": ".parquet",
     ".ndjson": ".jsonl", ".json": ".jsonl", ".tgz": ".tar", ".xlsm": ".xlsx", ".xlsb": ".xlsx",
@@ -82,16 +82,15 @@ class Source:
 
     Args:
         path: local path, or a URL that fsspec opens.
-        name: what `data.files` calls the file; empty where `data.files` does not describe it.
-        may_skip: whether `data.on_bad_row` decides about its bad rows.
+        name: its name in `data.files`; empty if it is not described there.
+        may_skip: whether `data.on_bad_row` applies to its bad rows.
 
     Attributes:
-        packing: what it is packed with, a value of `PACKED`; None for a plain file.
-        is_prepared: whether it is read to prepare a dataset, so that settings of fields can change.
-        or_skip: what else to do about a bad row than to fix it; may be empty.
-        failures: what reading it may raise: a remote file system raises anything at all.
-        partitions: values by column that folders of the path give, as in ``dt=2024-01-01``; None
-            where the folder stands for a missing value.
+        packing: its compression, a value of `PACKED`; None for a plain file. is_prepared: whether
+            it is read for preparation, so that settings of fields can change. or_skip: an
+            alternative to fixing a bad row; may be empty. failures: errors that reading may raise;
+            a remote file system may raise anything. partitions: values by column from folders of
+            the path, as in ``dt=2024-01-01``; None for a missing value.
     """
 
     def __init__(self, path: str, name: str = "", may_skip: bool = False) -> None:
@@ -114,9 +113,9 @@ class Source:
 
     @cached_property
     def suffix(self) -> str:
-        """What names the format: the lower-case suffix, without that of the packing.
+        """The lower-case suffix of the format, without that of the compression.
 
-        Formats with several suffixes have the one of `_OTHER_NAMES`.
+        Alternative suffixes are normalised by `_OTHER_NAMES`.
         """
         suffixes = self._suffixes
         if self.packing == "zip" and len(suffixes) == 1:
@@ -126,10 +125,10 @@ class Source:
         return _OTHER_NAMES.get(suffix, suffix)
 
     def open(self) -> Any:
-        """The file as stored, as an Arrow file.
+        """Opens the file as stored, as an Arrow file.
 
         Raises:
-            DataError: it is not there or cannot be opened.
+            DataError: it does not exist or cannot be opened.
         """
         try:
             if "://" in self.path:
@@ -141,10 +140,10 @@ class Source:
             raise DataError(f"{self.path}: cannot be read: {brief(error)}") from None
 
     def stream(self) -> Any:
-        """The file's bytes, unpacked, as an Arrow stream.
+        """Opens the file's decompressed bytes as an Arrow stream.
 
         Raises:
-            DataError: it is not there, cannot be opened, or is an archive of several files.
+            DataError: it does not exist, cannot be opened, or is an archive of several files.
         """
         if self.packing == "zip":
             archive = self._zip()
@@ -162,7 +161,7 @@ class Source:
             raise DataError(f"{self.path}: not readable: {brief(error)}") from None
 
     def _member(self, archive: zipfile.ZipFile) -> str:
-        """The one file in a zip archive."""
+        """The only file in a zip archive."""
         names = [n for n in archive.namelist() if not n.endswith("/") and "__MACOSX/" not in n]
         if len(names) == 1:
             return names[0]
@@ -174,14 +173,14 @@ class Source:
         )
 
     def check_contents(self) -> None:
-        """Refuses a file that begins as files of another name do, or whose format is not read.
+        """Refuses a file whose contents do not match its name, or with an unsupported format.
 
         Raises:
             EmptyFile: the file is empty.
-            DataError: it is not what its name says, or a format that is not read.
+            DataError: its contents do not match its name, or its format is not supported.
         """
         name, head = Path(self.path).name, self._head(self.open)
-        if head is None:  # the reader says why
+        if head is None:  # the reader reports the error
             return
         if head == b"":
             raise EmptyFile(f"{self.path}: the file is empty")
@@ -218,7 +217,7 @@ class Source:
 
     @property
     def unpack_command(self) -> str:
-        """A shell command that writes the unpacked contents of the file named after it."""
+        """A shell command that decompresses the file named after it to stdout."""
         commands = {
             "gzip": "gunzip -c", "zstd": "zstd -dc", "bz2": "bunzip2 -c", "lz4": "lz4 -dc",
             "xz": "xz -dc", "zip": "unzip -p", None: "cat",
@@ -233,7 +232,7 @@ class Source:
             return any(n in ("[Content_Types].xml", "mimetype") for n in archive.namelist())
 
     def _head(self, opened: Callable[[], Any]) -> bytes | None:
-        """The first bytes; None where none can be read."""
+        """The first bytes; None if none can be read."""
         try:
             head: bytes = opened().read(_HEAD_BYTES)
         except DataError:
@@ -243,17 +242,17 @@ class Source:
         return head
 
     def unreadable(self, error: Exception) -> str:
-        """An error line for a file whose bytes cannot be read."""
+        """The error for a file whose bytes cannot be read."""
         cure = "; it is cut or damaged: copy it again" if self.packing else ""
         return f"{self.path}: not readable: {brief(error)}{cure}"
 
     def cure(self, what: str, setting: str, otherwise: str) -> str:
-        """What to do about a layout that the file's name does not tell.
+        """Advice about a layout that the file name does not show.
 
         Args:
-            what: what to do, before "in data.files".
+            what: the advice, to precede "in data.files".
             setting: of `FileFormat`, as YAML.
-            otherwise: what to do where `data.files` does not describe the file.
+            otherwise: the advice if `data.files` does not describe the file.
         """
         if not self._entry:
             return otherwise
@@ -264,7 +263,7 @@ class Source:
 
     @property
     def _own_entry(self) -> str:
-        """The file itself as a YAML key, where it is one of a pattern's; may be empty."""
+        """The file as a YAML key, if it matched a pattern; may be empty."""
         if "**" in self.name or not any(mark in self.name for mark in "*?["):
             return ""
         parts = self.path.split("/")[-1 - self.name.count("/") :]
@@ -272,7 +271,7 @@ class Source:
 
 
 def _kind_of(head: bytes) -> str:
-    """The suffix of files that begin like this; empty for text and unknown formats."""
+    """The suffix of the format that begins like this; empty for text and unknown formats."""
     if head[257:262] == b"ustar":
         return ".tar"
     if head.startswith(b"BZh") and head[4:10] in (b"1AY&SY", b"\x17rE8P\x90"):

@@ -1,7 +1,7 @@
-"""A text file's bytes -> UTF-8 as Arrow's reader wants it, its quotes looked after.
+"""Converts a text file's bytes to UTF-8 for Arrow's reader, and checks quotes.
 
-Arrow takes a quote that is never closed for one cell with all the rows behind it, and text behind a
-closing quote for a part of the cell: rows that are gone without a word. Here both are refused.
+Arrow silently reads an unclosed quote as one cell with all following rows, and text after a closing
+quote as part of the cell. Both are refused here.
 """
 
 import codecs
@@ -15,22 +15,22 @@ import numpy.typing as npt
 from deepfm_dist.compiled import compiled
 
 NO_TEXT = "\uffff"
-"""Not a character: marks bytes that cannot be decoded, until their row is dropped."""
+"""A non-character that marks undecodable bytes until their row is dropped."""
 _REPLACING = "deepfm_dist.no_text"
 codecs.register_error(_REPLACING, lambda error: (NO_TEXT, getattr(error, "end")))  # noqa: B009
 _UTF_8 = ("utf-8", "utf-8-sig")
-_MOST_HELD_BYTES = 64 << 20  # of a line without an end: far more than Arrow takes
+_MOST_HELD_BYTES = 64 << 20  # of a line without an end: far more than Arrow accepts
 
 _CELL_BEGINS, _PLAIN, _QUOTED, _QUOTE_IN_QUOTED = range(4)
 _STATE, _OPENED_AT, _LINES, _MOST_LINES, _MOST_LINES_AT, _IS_ESCAPED = range(6)
 
 
 class QuoteError(ValueError):
-    """A cell's quotes are not in order.
+    """A cell's quotes are malformed.
 
     Args:
-        offset: bytes of the stream before the quote that opens the cell.
-        is_closed: whether there is a closing one, with text behind it.
+        offset: bytes of the stream before the cell's opening quote.
+        is_closed: whether it is closed, but followed by text.
     """
 
     def __init__(self, offset: int, is_closed: bool) -> None:
@@ -39,17 +39,17 @@ class QuoteError(ValueError):
 
 
 class Quotes:
-    """Follows the quotes of a text in which a cell that begins with one goes to the next.
+    """Tracks quotes: a cell that begins with one extends to the next.
 
-    Two quotes within such a cell stand for one.
+    Two quotes within such a cell mean one.
 
     Args:
         delimiter: between cells, one byte.
-        escape: character after which any other is text; or None.
+        escape: character that escapes the next one; or None.
 
     Attributes:
-        most_lines: line ends within one cell, at most.
-        most_lines_at: bytes before the quote that opens this cell.
+        most_lines: maximum number of line ends in a cell. most_lines_at: bytes before the opening
+            quote of that cell.
     """
 
     def __init__(self, delimiter: str, escape: str | None = None) -> None:
@@ -61,10 +61,10 @@ class Quotes:
     most_lines_at = property(lambda self: int(self._found[_MOST_LINES_AT]))
 
     def follow(self, lines: bytes) -> None:
-        """Takes whole lines in.
+        """Processes complete lines.
 
         Raises:
-            QuoteError: text stands behind a closing quote.
+            QuoteError: text follows a closing quote.
         """
         if b'"' in lines or self._found[_STATE] == _QUOTED:
             text = np.frombuffer(lines, np.uint8)
@@ -90,7 +90,7 @@ def _followed(
     before: int,
     scan: npt.NDArray[np.int64],
 ) -> bool:
-    """Continues from ``scan`` through a text; whether it stopped at an irregularity."""
+    """Scans text from ``scan`` on; returns whether it stopped at an irregularity."""
     state, opened_at, lines = scan[_STATE], scan[_OPENED_AT], scan[_LINES]
     is_escaped = scan[_IS_ESCAPED]
     for i in range(len(text)):
@@ -124,17 +124,17 @@ def _followed(
 
 
 class TextStream(io.RawIOBase):
-    """A stream of UTF-8 in which the last line has an end, too.
+    """A stream of UTF-8 whose last line is always terminated.
 
-    What is read at once ends with a line where the buffer has room for one.
+    Each read ends at a line end if the buffer has room for a line.
 
     Args:
         stream: Arrow's, of the text's bytes.
         encoding: of the text.
-        replace: whether bytes that are no text become `NO_TEXT`; else they raise what the decoder
-            raises, or are left to Arrow where the text is UTF-8 already.
-        rewrite: changes whole lines.
-        quotes: is shown all that is read.
+        replace: whether undecodable bytes become `NO_TEXT`; otherwise the decoder raises, or Arrow
+            does if the text is UTF-8.
+        rewrite: changes complete lines.
+        quotes: receives everything that is read.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class TextStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fills a buffer, in part; 0 at the end."""
+        """Fills part of a buffer; returns 0 at the end."""
         while not (self._ready or self._ended):
             wanted = max(len(buffer) - len(self._begun), 1 << 12)
             self._ready = memoryview(self._lines(self._of_arrow.read(wanted)))
@@ -168,7 +168,7 @@ class TextStream(io.RawIOBase):
         return size
 
     def _lines(self, block: bytes) -> bytes:
-        """The lines that end with a block; all that is left where it is empty."""
+        """The lines completed by a block; the remainder if the block is empty."""
         self._ended = not block
         text = block
         if self._decoder is not None:
@@ -177,7 +177,7 @@ class TextStream(io.RawIOBase):
         if self._ended:
             end = len(text)
             text += b"" if not text or text.endswith((b"\n", b"\r")) else b"\n"
-        else:  # a \r may be half of a line's end
+        else:  # a \r may be the first half of \r\n
             end = 1 + max(text.rfind(b"\n"), text.rfind(b"\r", 0, len(text) - 1))
             if end == 0 and len(text) > _MOST_HELD_BYTES:
                 end = len(text)
