@@ -5,12 +5,13 @@ through the engine, never through the driver. The driver holds what the first th
 `local`: all distinct ids and values, and counts by id; histories on its disk.
 
 1. `_read`: a file, or some row groups of a large Parquet file -> its rows by partition, with the
-   texts of their ids and values. 2. `_merge`: the distinct texts in a range of hashes; the driver
-   numbers all of them. 3. `_load`: a partition's rows -> codes of texts, without repeated rows, in
-   order; `_select` keeps the rows that remain if rare users and items are dropped or users held
-   out. 4. `_count_digits`: histograms of the keys, from which the driver finds where held-out rows
-   begin. 5. `_count`: splits of rows, and statistics of training rows; the driver fits. 6.
-   `_write`: the partition's files, and its users' histories.
+   texts of their ids and values.
+2. `_merge`: the distinct texts in a range of hashes; the driver numbers all of them.
+3. `_load`: a partition's rows -> codes of texts, without repeated rows, in order; `_select` keeps
+   the rows that remain if rare users and items are dropped or users held out.
+4. `_count_digits`: histograms of the keys, from which the driver finds where held-out rows begin.
+5. `_count`: splits of rows, and statistics of training rows; the driver fits.
+6. `_write`: the partition's files, and its users' histories.
 
 Tasks are pure functions of their input, so they can be rerun. This module knows no engine;
 `launch/spark_prepare.py` provides Spark.
