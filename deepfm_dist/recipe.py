@@ -1,13 +1,12 @@
-"""Settings that the user leaves out, chosen from the data: the one place that decides.
+"""Chooses ``auto`` settings from the data.
 
-Two functions, because preparation needs the fields before anything is known of the data:
+Two functions, because preparation needs the fields before the data are known:
 
-* `with_history` looks at the settings alone, when a configuration is read. It decides whether the
-  users are known by their items, and adds the field.
-* `choose` looks at the manifest of the prepared data too. It decides everything else that is
-  ``auto``: see ``chosen`` of each section.
+* `with_history` uses the settings alone, when a configuration is read. It decides whether users are
+represented by their items, and adds that field. * `choose` also uses the manifest of the prepared
+data. It decides all other ``auto`` settings: see ``chosen`` of each section.
 
-What the user sets stays as it is, and what follows from it is decided accordingly. Each choice is
+Settings given by the user are kept, and dependent ones are chosen accordingly. Each choice is
 logged with its reason, and saved in the run's ``config.yaml`` as if it had been typed. The figures
 behind the choices are in docs/quality.md.
 """
@@ -25,27 +24,28 @@ from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.section import AUTO, Section
 
 HISTORY_NAMES = ("seen", "seen_items", "history_of_items")
-"""Names of the field that is added; the first that no other field has."""
+"""Candidate names of the added field; the first unused one is taken."""
 LATEST_NAMES = ("latest", "latest_items", "history_of_latest_items")
-"""The same of the field of the latest items."""
+"""The same for the field of the latest items."""
 LATEST = 1
-"""Items in that field."""
+"""Number of items in that field."""
 HISTORY_DROPOUT = 0.3
 ID_DROPOUT = 0.2
 """Share of ids replaced by the unknown one where rows have labels and some items have no training
 rows. On generated logs it raised the AUC of new items and, within noise, did not lower that of
 others."""
 WHOLE_CATALOGUE = 30_000
-"""Items up to which the softmax goes over all of them."""
+"""Maximum number of items for a softmax over all of them."""
 HOLD_OUT = 0.1
-"""Share of the training items that is held out in the loop where there are no validation rows."""
+"""Share of training items held out in the loop if there are no validation rows."""
 MOST_HELD_OUT_OF = 500_000_000
-"""Training positives up to which it is drawn; that takes some 20 bytes for each."""
+"""Maximum number of training positives for holding out, which takes about 20 bytes each."""
 CANDIDATES = 4_096
-"""Items that it draws in each step beyond that."""
+"""Number of items to sample in each step beyond that."""
 FEW_LABELLED_ROWS = 100_000
-"""Labelled rows below which the tables are trained faster and held back less, and the over-arch has
-two layers."""
+"""Below this many labelled rows, tables have a higher learning rate and less L2, and the over-arch
+has two layers.
+"""
 PRECISION_PER_FIELD, PRECISION_FROM_START, PRECISION_OF_MANY_ROWS = 5, 1, 500
 """1 / variance of the normal prior on the tables' elements where rows have labels. A row's log-odds
 are a sum over its fields, so that with more fields each has to vary less. From a fitted start it
@@ -56,14 +56,15 @@ RATE_OF_FEW_ROWS = 0.005
 """Adam's rate for the tables of few labelled rows: first-order weights have to get to about 1 in
 some `STEPS_TO_BEST` steps, each of which moves them by no more than the rate."""
 STEPS_TO_BEST = 128
-"""Steps of labelled rows after which validation was best, on logs of 1,400 to 100,000 rows."""
+"""Number of steps with the best validation on logs of 1,400 to 100,000 labelled rows."""
 STEPS_PER_VALIDATION = 32
-"""Steps of labelled rows between two validations, at least: small logs are learned in few epochs
-of few steps."""
+"""Minimum number of steps between validations on labelled rows: small logs are learned in few short
+epochs.
+"""
 MOST_ROWS_OF_ADAM = 2_000_000
-"""Rows of all tables together up to which these are updated by Adam."""
+"""Maximum total number of table rows for Adam."""
 CLOSED_FORM_ITEMS = 20_000
-"""Items up to which EASE, whose time grows with their cube, is fitted."""
+"""Maximum number of items for EASE, whose time is cubic in it."""
 _OF_THE_OVER_ARCH = (
     *("over_arch_layer_sizes", "over_arch", "over_arch_options", "over_arch_init"),
     *("activation", "dropout", "batch_norm"),
@@ -76,8 +77,8 @@ class Choice:
 
     Attributes:
         setting: its dotted name.
-        value: as the configuration has it.
-        reason: why, in a few words, with the figures that decided.
+        value: in the configuration.
+        reason: a short explanation with the deciding figures.
     """
 
     setting: str
@@ -102,15 +103,15 @@ def with_choice(choices: Sequence[Choice], choice: Choice) -> list[Choice]:
 
 
 def choices_in(state: Mapping[str, Any]) -> tuple[Choice, ...]:
-    """What a checkpoint's marker says was chosen; nothing, if an earlier version wrote it."""
+    """The choices in a checkpoint's marker; empty for earlier versions."""
     return tuple(Choice(**choice) for choice in state.get("chosen", ()))
 
 
 def with_history(tree: Any) -> Any:
-    """Settings with a history field where users are to be known by their items.
+    """Adds a history field to the settings if users are represented by their items.
 
     Args:
-        tree: sections of settings as the user gives them, which may be wrong in any way.
+        tree: sections of settings from the user, not validated yet.
 
     Returns:
         A changed copy, or ``tree`` itself.
@@ -154,7 +155,7 @@ def with_history(tree: Any) -> Any:
 
 
 def _next_is_held_out(data: Mapping[str, Any]) -> bool:
-    """Whether rankings are measured on what each user takes next."""
+    """Whether rankings are measured on each user's next item."""
     by_method = _section(data, "split").get("method") == "leave_last"
     is_given = any(_section(data, "split").get(name) for name in ("valid_file", "test_file"))
     rows = _section(data, "interactions")
@@ -162,7 +163,7 @@ def _next_is_held_out(data: Mapping[str, Any]) -> bool:
 
 
 def trains_on_users(tree: Mapping[str, Any]) -> bool:
-    """Whether the loss is one over users and the catalogue, by settings as `with_history` has."""
+    """Whether the loss is over users and the catalogue, given settings from `with_history`."""
     loss = _section(tree, "trainer").get("loss", AUTO)
     if loss != AUTO:
         return bool(loss != "bce")
@@ -170,7 +171,7 @@ def trains_on_users(tree: Mapping[str, Any]) -> bool:
 
 
 def rows_because(tree: Mapping[str, Any]) -> str | None:
-    """Why a model is trained on single rows, not on users; None: nothing speaks against users.
+    """Why a model is trained on single rows instead of users; None if it is not.
 
     Args:
         tree: sections of settings.
@@ -202,7 +203,7 @@ def rows_because(tree: Mapping[str, Any]) -> str | None:
 
 
 def _states_an_over_arch(model: Mapping[str, Any]) -> str | None:
-    """The setting that asks for an over-arch, as text for the log."""
+    """The setting that requests an over-arch, as text for the log."""
     for name in _OF_THE_OVER_ARCH:
         if _is_stated(ModelConfig, name, model.get(name, AUTO)):
             return f"model.{name} is set, and it is the over-arch's"
@@ -210,14 +211,14 @@ def _states_an_over_arch(model: Mapping[str, Any]) -> str | None:
 
 
 def choose(config: Section, manifest: Manifest) -> list[Choice]:
-    """Decides what the user has left to the recipe.
+    """Chooses all ``auto`` settings.
 
     Args:
         config: the whole configuration.
         manifest: of the prepared data.
 
     Returns:
-        A choice for every setting that is ``auto``, except those that their default settles.
+        A choice for every ``auto`` setting, except those that keep their default.
     """
     draft = _Draft(config)
     if draft.get("data.history.add"):
@@ -366,13 +367,13 @@ def _layer_sizes(n: int) -> list[int]:
 
 
 def _monitored_name(draft: "_Draft") -> str:
-    """The name of the figure that early stopping looks at."""
+    """Name of the figure that early stopping monitors."""
     monitor = str(draft.get("trainer.monitor"))
     return "log loss" if monitor == AUTO else monitor
 
 
 def _because_fused(draft: "_Draft", manifest: Manifest) -> str | None:
-    """Why the tables are not updated by Adam; None: they can be."""
+    """Why the tables cannot be updated by Adam; None if they can."""
     n_rows = sum(table.rows for table in manifest.tables.values())
     if n_rows > MOST_ROWS_OF_ADAM:
         return f"{n_rows:,} table rows, all of which adam moves at every step"
@@ -447,7 +448,7 @@ def _is_measured(draft: "_Draft", manifest: Manifest) -> bool:
 
 
 def _for_the_end(draft: "_Draft", manifest: Manifest, n_items: int, is_measured: bool) -> None:
-    """Choices for what follows the training loop; see `deepfm_dist.jobs.finish`."""
+    """Choices for the steps after the training loop; see `deepfm_dist.jobs.finish`."""
     against = None if is_measured else "nothing is measured on validation rows"
     refit = "trainer.refit_best", is_measured, against or "all rows are known then"
     draft.choose(*refit)
@@ -461,7 +462,7 @@ def _for_the_end(draft: "_Draft", manifest: Manifest, n_items: int, is_measured:
 
 
 def _sizes(manifest: Manifest) -> tuple[int, int, int]:
-    """Users, items and training positives."""
+    """Numbers of users, items and training positives."""
     train = manifest.splits["train"]
     return (
         max(1, manifest.entities["user"] - 1),
@@ -471,7 +472,7 @@ def _sizes(manifest: Manifest) -> tuple[int, int, int]:
 
 
 class _Draft:
-    """The settings while they are decided.
+    """The settings during the choice.
 
     Attributes:
         choices: so far.
@@ -490,16 +491,16 @@ class _Draft:
         return section, name
 
     def is_auto(self, setting: str) -> bool:
-        """Whether nobody has decided yet."""
+        """Whether a setting is still undecided."""
         section, name = self._parts(setting)
         return section.is_auto(name) and setting not in self._chosen
 
     def tree(self, section: str) -> dict[str, Any]:
-        """A section as the user gave it."""
+        """A section as given by the user."""
         return _section(self._config, section)
 
     def get(self, setting: str, *if_auto: Any) -> Any:
-        """A setting's value; with a value and a reason, this is chosen where it is ``auto``."""
+        """A setting's value; with a value and reason, these are chosen if it is ``auto``."""
         if if_auto:
             self.choose(setting, *if_auto)
         section, name = self._parts(setting)
@@ -519,7 +520,7 @@ class _Draft:
 
 
 def _as_tree(section: Any) -> dict[str, Any]:
-    """A section as it may be given: a dict or a model; of anything else nothing is known."""
+    """A section given as a dict or a model; empty for anything else."""
     if isinstance(section, Section):
         return section.model_dump(exclude_unset=True)
     return dict(section) if isinstance(section, Mapping) else {}
@@ -530,7 +531,7 @@ def _section(tree: Any, name: str) -> dict[str, Any]:
 
 
 def _is_stated(section: type[Section], name: str, value: Any) -> bool:
-    """Whether a value says something: a configuration that was written out has all defaults."""
+    """Whether a value differs from what a fully written-out configuration contains by default."""
     if name in section.chosen:
         return bool(value != AUTO)
     field = section.model_fields.get(name)

@@ -192,7 +192,8 @@ class Unseen:
 
     Attributes:
         name: of the field.
-        count: number of unknown values. total: number of values.
+        count: number of unknown values.
+        total: number of values.
     """
 
     def __init__(self, name: str) -> None:

@@ -1,1 +1,1 @@
-"""Process groups, sharding, optimizers, checkpoints: alone in importing torchrec.distributed."""
+"""Process groups, sharding, optimizers, checkpoints: all uses of torchrec.distributed."""

@@ -1,4 +1,4 @@
-"""Checkpoints: sharded tensors by torch.distributed.checkpoint (DCP), whole or not there.
+"""Atomic sharded checkpoints with torch.distributed.checkpoint (DCP).
 
 Layout of ``runs/<name>/checkpoints/step_00001000/``::
 
@@ -7,8 +7,8 @@ Layout of ``runs/<name>/checkpoints/step_00001000/``::
     state.json          the marker, written last: step, settings, data, state of the loop, and the
                         CRC-32 of every other file and of its own contents
 
-The folder may be an object store's (``s3://bucket/runs``): nothing here needs a rename to be atomic
-or a listing to be fresh, only that the marker's upload comes last and is whole or not there.
+The folder may be an object store's (``s3://bucket/runs``): nothing here requires atomic renames or
+consistent listings, only that the marker is uploaded last and atomically.
 
 DCP keeps ``.metadata`` as a pickle, and unpickles it to read a checkpoint; everything else is read
 as plain tensors or JSON. Open only checkpoints you trust.
@@ -70,14 +70,15 @@ log = logging.getLogger(__name__)
 
 MARKER = "state.json"
 SELECTED, REFIT = "selected", "refit"
-"""Runs of one checkpoint in the folder of a finished run: the best one of training, with what is
-fitted to it in closed form; and the same trained on validation rows too."""
+"""Parts of a finished run, each a run with one checkpoint: the best checkpoint of training with its
+closed-form part; and the same trained on validation rows, too.
+"""
 _SUMS = "crc32"
 _OWN_SUM = "crc32_of_this"
 _NAME = re.compile(r"step_(\d{8,})")
 _IN_TABLE = ".embedding_bags."
 _OVER_ARCH = "model.interaction_arch.over_arch."
-_TIMEOUT = timedelta(hours=1)  # a rank may write much more than another
+_TIMEOUT = timedelta(hours=1)  # ranks may write very different amounts
 _OF_DAMAGE = (RuntimeError, ValueError, EOFError, UnpicklingError)
 T = TypeVar("T")
 
@@ -101,12 +102,12 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def complete_steps(run_dir: Path) -> list[int]:
-    """Steps of which there is a complete checkpoint, in order."""
+    """Steps with a complete checkpoint, ascending."""
     return sorted(step for step, path in _folders(run_dir).items() if (path / MARKER).is_file())
 
 
 def _folders(run_dir: Path) -> dict[int, Path]:
-    """Folders of checkpoints by step, of incomplete ones as well."""
+    """Folders of checkpoints by step, including incomplete ones."""
     try:
         folders = [*(run_dir / "checkpoints").iterdir()]
     except (FileNotFoundError, NotADirectoryError):
@@ -123,14 +124,13 @@ def time_of(checkpoint: Path) -> float:
 def find_checkpoint(
     run_dir: Path, which: str | int = "latest", finished: Collection[str] = (REFIT, SELECTED)
 ) -> Path:
-    """A run's checkpoint.
+    """Finds a run's checkpoint.
 
     Args:
-        run_dir: folder of the run; or of one of its checkpoints, which is then the one.
-        which: latest; best, by the metric that training watched; selected or refit; a step; or
-            auto, which is the first that is there of ``finished``, best where a metric was watched,
-            and latest.
-        finished: what may come before those of the training loop.
+        run_dir: folder of the run, or of one of its checkpoints, which is then returned.
+        which: latest; best, by the monitored metric; selected or refit; a step; or auto: the first
+            existing one of ``finished``, best if a metric was monitored, or latest.
+        finished: parts that auto prefers to checkpoints of the training loop.
 
     Raises:
         CheckpointError: there is no checkpoint, or not the requested one.
@@ -172,7 +172,7 @@ def find_checkpoint(
 def read_checkpoint(
     run_dir: Path, which: str | int = "latest", finished: Collection[str] = (REFIT, SELECTED)
 ) -> Saved:
-    """A run's checkpoint with the contents of its marker; arguments as of `find_checkpoint`.
+    """Finds a run's checkpoint and reads its marker; arguments as for `find_checkpoint`.
 
     Raises:
         CheckpointError: there is no checkpoint, not the requested one, or it is damaged.
@@ -182,7 +182,7 @@ def read_checkpoint(
 
 
 def use_of(checkpoint: Path) -> str | int:
-    """What ``checkpoint.use`` calls one of a run's checkpoints."""
+    """The value of ``checkpoint.use`` for one of a run's checkpoints."""
     part = checkpoint.parents[1].name
     return part if part in (SELECTED, REFIT) else int(checkpoint.name.removeprefix("step_"))
 
@@ -190,13 +190,13 @@ def use_of(checkpoint: Path) -> str | int:
 class Checkpoints:
     """Writes a run's checkpoints in the background. All ranks.
 
-    DCP's own exchanges go over a process group of their own: on training's they would meet its
-    collectives in another order on every rank.
+    DCP communicates over a separate process group: on training's, its collectives would interleave
+    with others in a different order on each rank.
 
     Args:
         run_dir: folder of the run.
         world: the ranks.
-        keep_last: how many checkpoints stay, the newest ones.
+        keep_last: number of latest checkpoints to keep.
     """
 
     def __init__(self, run_dir: Path, world: World, keep_last: int) -> None:
@@ -213,17 +213,17 @@ class Checkpoints:
         state: Mapping[str, Any],
         keep: Collection[int] = (),
     ) -> None:
-        """Copies model and optimizer, and begins to write the copy. All ranks.
+        """Copies model and optimizer, and starts writing the copy. All ranks.
 
         Args:
-            step: optimizer steps taken; a checkpoint of it that is there is replaced.
+            step: optimizer steps taken; an existing checkpoint of this step is replaced.
             sharded: the model.
             optimizer: its optimizer.
             state: JSON values for the marker.
-            keep: steps whose checkpoints are not to be deleted.
+            keep: steps whose checkpoints must not be deleted.
 
         Raises:
-            CheckpointError: the one before, or this one, cannot be written.
+            CheckpointError: the previous one, or this one, cannot be written.
         """
         self.wait()
         path = checkpoint_path(self._run_dir, step)
@@ -239,7 +239,7 @@ class Checkpoints:
         tensors = {"model": model, "optimizer": _optimizer_state(optimizer, model)}
         with self._world.waiting():  # for the device, which may be in an exchange with a lost rank
             copy = self._staging.copy(tensors)
-        # dcp.async_save's own thread would keep a process that has lost its peers for _TIMEOUT.
+        # The thread of dcp.async_save would keep a process without peers alive for _TIMEOUT.
         future = in_background(
             lambda: dcp.save(copy, storage_writer=writer, process_group=self._group),
             self._world.device,
@@ -247,15 +247,15 @@ class Checkpoints:
         self._pending = path, future
 
     def wait(self) -> None:
-        """Returns when the last checkpoint is whole. All ranks.
+        """Waits until the last checkpoint is complete. All ranks.
 
         Raises:
-            CheckpointError: it cannot be written; the one before is still there.
+            CheckpointError: it cannot be written; the previous one still exists.
         """
         if self._pending is not None:
             path, future = self._pending
             self._pending = None
-            # A lost rank would leave DCP waiting for it for _TIMEOUT; here it is missed earlier.
+            # DCP would wait _TIMEOUT for a lost rank; this detects it earlier.
             pause_s = 0.001
             while not self._all(future.done()):
                 time.sleep(pause_s)
@@ -263,7 +263,7 @@ class Checkpoints:
             _errors_to_user(future.result, path, "cannot be written")
 
     def close(self) -> None:
-        """`wait`, and nothing is to be saved any more. All ranks."""
+        """`wait`, then release resources. All ranks."""
         self.wait()
         dist.destroy_process_group(self._group)
 
@@ -274,11 +274,9 @@ class Checkpoints:
 class Staging:
     """Copies a model's and an optimizer's tensors into the machine's memory.
 
-    The memory is kept for the next copy; under CUDA it is pinned, so that a copy takes as long as
-    the bus needs and no longer.
-
-    DCP's stager gets plain tensors only: of a table's pieces in a `LocalShardsWrapper` it would
-    first make an empty one of the same size, and the wrapper makes that on the GPU.
+    The memory is reused for the next copy; under CUDA it is pinned, so that copies run at bus
+    speed. DCP's stager is given plain tensors only: for a `LocalShardsWrapper` it would allocate an
+    empty one of the same size, and the wrapper does that on the GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -315,7 +313,7 @@ class Staging:
 
 
 def _plain(value: Any) -> Any:
-    """Nested dicts with lists of this rank's pieces in the place of DTensors."""
+    """Nested dicts with DTensors replaced by lists of this rank's pieces."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     return [piece for piece, _ in _local_pieces(value)] if isinstance(value, DTensor) else value
@@ -332,7 +330,7 @@ def _like(value: Any, plain: Any) -> Any:
 
 
 class _Writer(dcp.FileSystemWriter):
-    """DCP's files, a checksum of each, and the marker when all of them are there."""
+    """Writes DCP's files with checksums, then the marker."""
 
     def __init__(self, path: Path, state: Mapping[str, Any], then: Callable[[], None]) -> None:
         super().__init__(str(path), sync_files=False)  # _Files does it
@@ -344,7 +342,7 @@ class _Writer(dcp.FileSystemWriter):
         self, plan: SavePlan, planner: SavePlanner
     ) -> torch.futures.Future[list[WriteResult]]:
         results: list[WriteResult] = super().write_data(plan, planner).value()
-        # They travel to rank 0 as one more thing that was written.
+        # They are sent to rank 0 as an additional write result.
         future = torch.futures.Future[list[WriteResult]]()
         future.set_result([*results, WriteResult(MetadataIndex(_SUMS), 0, self._files.sums)])
         return future
@@ -364,7 +362,7 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def _sum_of(state: Mapping[str, Any]) -> int:
-    """CRC-32 of a marker's contents, however they are laid out."""
+    """CRC-32 of a marker's contents, independent of formatting."""
     return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
@@ -379,12 +377,12 @@ class Reader(dcp.FileSystemReader):
     def _slice_file(self, file: Any, sinfo: Any) -> Any:
         if not self._remote:
             return super()._slice_file(file, sinfo)
-        file.seek(sinfo.offset)  # in one request; torch would seek to and fro
+        file.seek(sinfo.offset)  # in one request; torch would seek back and forth
         return io.BytesIO(file.read(sinfo.length))
 
 
 class _Files(FileSystemBase):
-    """What DCP does with files, by `Path`, and the CRC-32 of each that was written.
+    """DCP's file system interface on `Path`; computes the CRC-32 of written files.
 
     Attributes:
         sums: by name.
@@ -404,7 +402,7 @@ class _Files(FileSystemBase):
                 yield summed
             except Exception as error:
                 raise summed.failure or error from None
-            if not is_remote(path):  # an upload is there when it is closed
+            if not is_remote(path):  # an upload is complete when it is closed
                 file.flush()
                 os.fsync(file.fileno())
         self.sums[path.name] = summed.sum
@@ -420,7 +418,7 @@ class _Files(FileSystemBase):
         return path
 
     def mkdir(self, path: Any) -> None:
-        """Nothing: `_make_room` has made it."""
+        """Does nothing: `_make_room` created it."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -444,7 +442,7 @@ class _ChecksumFile(io.RawIOBase):
         self.sum = zlib.crc32(block, self.sum)
         try:
             return int(self._file.write(block))
-        except OSError as error:  # torch.save raises another in its place, of its own positions
+        except OSError as error:  # torch.save replaces it by an error about positions
             self.failure = self.failure or error
             raise
 
@@ -476,17 +474,17 @@ def load(
         world: the ranks.
         sharded: the model.
         optimizer: its optimizer; None reads the weights only.
-        transfer: what is taken from a model of other fields; what is not is left as it is, and so
-            are rows of tables beyond those that were saved. None: it is the same model.
-        fresh_rows: by table, rows that stood for other ids when they were saved: they are left as
-            they are, and so is the optimizer's state of them.
+        transfer: maps weights from a model with other fields; everything else keeps its values, and
+            so do rows of tables beyond the saved ones. None: the same model.
+        fresh_rows: by table, rows that belonged to other ids when they were saved; they keep their
+            values and optimizer state.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or of another model or optimizer.
+        CheckpointError: the checkpoint is damaged, or from a different model or optimizer.
     """
     with storage_errors_to_user(path):
         check_files(path, world)
-    # Before dcp.load, which would log two tracebacks over a damaged index.
+    # Before dcp.load, which would log two tracebacks for a damaged index.
     reader = Reader(path)
     metadata = _errors_to_user(reader.read_metadata, path, "cannot be read")
     saved: Mapping[str, Any] = metadata.state_dict_metadata
@@ -495,7 +493,7 @@ def load(
         model[name] = torch.empty(saved[f"model.{name}"].size)
     tensors: dict[str, Any] = {"model": model}
     if optimizer is not None:
-        make_state(optimizer)  # DCP reads only into existing entries
+        make_state(optimizer)  # DCP only fills existing entries
         tensors["optimizer"] = _optimizer_state(optimizer, model)
     put_in_place: list[Callable[[], object]] = []
     put_back = _rows_to_put_back(tensors, fresh_rows or {})
@@ -511,18 +509,18 @@ def load(
 
 
 def _redundant_biases(model: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """Saved biases in front of batch norm, which earlier versions had and the model folds in."""
+    """Saved biases before batch norm, from earlier versions, which the model folds in."""
     names = [name.removeprefix("model.") for name in saved if name.startswith("model.")]
     return [name for name in biases_before_norm(names, _OVER_ARCH) if name not in model]
 
 
 def make_state(optimizer: CombinedOptimizer) -> None:
-    """Makes the zeros that torch's optimizers would make at their first step; moves no weight."""
+    """Creates the optimizer state that torch would create at the first step; changes no weight."""
     for _, part in optimizer.optimizers:
         if isinstance(part, KeyedOptimizerWrapper):
             rates = [group["lr"] for group in part.param_groups]
             for group in part.param_groups:
-                group["lr"] = 0.0  # it is a step without gradients, but L2 has one
+                group["lr"] = 0.0  # a step without gradients; L2 would have one
             part.init_state()
             for group, rate in zip(part.param_groups, rates, strict=True):
                 group["lr"] = rate
@@ -532,7 +530,7 @@ def make_state(optimizer: CombinedOptimizer) -> None:
 
 
 def check_files(path: Path, world: World | None = None) -> None:
-    """Compares the files with the checksums in the marker. All ranks, each some, or one process.
+    """Verifies the files' checksums; all ranks divide them, or one process does it alone.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -554,7 +552,7 @@ def check_files(path: Path, world: World | None = None) -> None:
 
 
 def _instead_of(path: Path) -> str:
-    """What to do where a checkpoint is damaged."""
+    """Advice if a checkpoint is damaged."""
     if (part := path.parents[1]).name in (SELECTED, REFIT):
         return (
             f"take another: checkpoint.use=latest, or delete {part}, and python -m "
@@ -571,7 +569,7 @@ def _instead_of(path: Path) -> str:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The marker of a complete checkpoint.
+    """Reads the marker of a complete checkpoint.
 
     Raises:
         CheckpointError: it is missing or damaged.
@@ -603,12 +601,12 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def steps_in(state: Mapping[str, Any]) -> int:
-    """Steps that a checkpoint's optimizer has taken, in the runs that it began from too."""
+    """Optimizer steps of a checkpoint, including those of the runs that it started from."""
     return int(state["step"]) + int(state["trainer"].get("earlier_steps", 0))
 
 
 def digest_of(state: Mapping[str, Any]) -> str:
-    """Short hex digest of a checkpoint's files, by their checksums in its marker."""
+    """Short hex digest of a checkpoint's files, from the checksums in its marker."""
     sums = json.dumps(state[_SUMS], sort_keys=True)
     return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
@@ -616,7 +614,8 @@ def digest_of(state: Mapping[str, Any]) -> str:
 def fingerprint_of(path: Path) -> str:
     """A hash of a checkpoint's files, without reading the weights: names, sizes and times.
 
-    Behind a URL, where a copy has other times, it is a hash of the marker, which has checksums.
+    For a remote checkpoint, whose times are unreliable, it is a hash of the marker, which has
+    checksums.
     """
     if is_remote(path):
         return hashlib.sha256((path / MARKER).read_bytes()).hexdigest()
@@ -626,10 +625,10 @@ def fingerprint_of(path: Path) -> str:
 
 
 def keep_checkpoints(run_dir: Path, steps: Collection[int]) -> None:
-    """Deletes a run's other checkpoints, incomplete ones included."""
+    """Deletes a run's other checkpoints, including incomplete ones."""
     for step, path in _folders(run_dir).items():
         if step not in steps:
-            # First, so that an interrupted removal leaves no valid checkpoint.
+            # The marker first, so that an interrupted removal leaves no valid checkpoint.
             (path / MARKER).unlink(missing_ok=True)
             delete_tree(path)
 
@@ -645,10 +644,10 @@ def _make_room(path: Path) -> None:
 
 
 def _optimizer_state(optimizer: CombinedOptimizer, model: Mapping[str, Any]) -> dict[str, Any]:
-    """The optimizer's tensors in a form that can be resharded, over the same memory.
+    """The optimizer's tensors in a reshardable form, without copying.
 
-    Fused optimizers describe their pieces of a table as DTensors. A torch optimizer over a table
-    (the dense kernel) knows only its local piece, and every rank's would go under one name.
+    Fused optimizers expose their pieces of a table as DTensors. A torch optimizer over a table (the
+    dense kernel) knows only its local piece, which would have the same name on every rank.
     """
     state: dict[str, Any] = {}
     for name, values in optimizer.state_dict()["state"].items():
@@ -657,17 +656,17 @@ def _optimizer_state(optimizer: CombinedOptimizer, model: Mapping[str, Any]) -> 
         group, _, parameter = name.partition(".")
         if group == "tables":
             values = {k: _as_dtensor_like(model[parameter], v) for k, v in values.items()}
-        # Replicated tables go under the names that they have where they are not.
+        # Replicated tables use the names of sharded ones.
         state[name.removeprefix(f"{REPLICATED}_")] = values
     return state
 
 
 def _as_dtensor_like(table: DTensor, piece: Tensor) -> Tensor:
-    """This rank's piece of an optimizer's state as part of a DTensor cut as the table is."""
+    """This rank's piece of optimizer state as part of a DTensor sharded like the table."""
     if piece.dim() == 0:  # a step count
         return piece
     local: Any = table.to_local()
-    pieces = [piece] if local.local_shards() else []  # a rank may hold nothing of a table
+    pieces = [piece] if local.local_shards() else []  # a rank may hold no part of a table
     assert [shard.shape for shard in local.local_shards()] == [p.shape for p in pieces]
     return _from_pieces(table, pieces, local.local_offsets(), table.shape)
 
@@ -675,7 +674,7 @@ def _as_dtensor_like(table: DTensor, piece: Tensor) -> Tensor:
 def _without_new_rows(
     tensors: Mapping[str, Any], saved: Mapping[str, Any], above: str = ""
 ) -> dict[str, Any]:
-    """The same tensors over the same memory, tables cut to the number of rows that were saved."""
+    """Views of the tensors, with tables cut to the saved number of rows."""
     cut: dict[str, Any] = {}
     for key, value in tensors.items():
         name = f"{above}{key}"
@@ -684,13 +683,13 @@ def _without_new_rows(
         elif name not in saved:
             cut[key] = value
         elif not isinstance(value, DTensor):
-            is_table = _IN_TABLE in name and value.dim() > 0  # replicated; else a step count
+            is_table = _IN_TABLE in name and value.dim() > 0  # replicated, or a step count
             cut[key] = value[: saved[name].size[0]] if is_table else value
         elif pieces := [
             (piece[: saved[name].size[0] - offset[0]], offset)
             for piece, offset in _local_pieces(value)
             if offset[0] < saved[name].size[0]
-        ]:  # a rank all of whose rows are new reads nothing
+        ]:  # a rank with only new rows reads nothing
             shape = torch.Size([min(saved[name].size[0], len(value)), *value.shape[1:]])
             kept, offsets = [p for p, _ in pieces], [offset for _, offset in pieces]
             cut[key] = _from_pieces(value, kept, offsets, shape)
@@ -700,7 +699,7 @@ def _without_new_rows(
 def _rows_to_put_back(
     tensors: Mapping[str, Any], rows_of: Mapping[str, npt.NDArray[np.int64]]
 ) -> list[Callable[[], object]]:
-    """What puts this rank's pieces of some rows back, of tables and of the optimizer's state."""
+    """A function that restores this rank's pieces of given rows, in tables and optimizer state."""
     put_back: list[Callable[[], object]] = []
     for name, value in _flat(tensors) if rows_of else ():
         table = name.partition(_IN_TABLE)[2].partition(".")[0]
@@ -717,11 +716,11 @@ def _rows_to_put_back(
 def _plan_transfer(
     tensors: Mapping[str, Any], saved: Mapping[str, Any], transfer: Transfer
 ) -> tuple[dict[str, Any], list[Callable[[], object]]]:
-    """What to read for a model that takes over another's weights, by its full name.
+    """Plans the reads for a model that takes over another's weights.
 
     Returns:
-        The tensors to read, and what to do then, which puts those that are taken field by field
-        where they belong.
+        The tensors to read by full name, and a function to call afterwards, which moves tensors
+        that are transferred field by field.
     """
     wanted: dict[str, Any] = {}
     then: list[Callable[[], object]] = []
@@ -747,7 +746,7 @@ def _copy_places(target: Tensor, source: Tensor, dim: int, before: Tensor, after
 
 
 def _flat(tensors: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Tensors by their full names, as DCP has them."""
+    """Tensors by their full names in DCP."""
     for key, value in tensors.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{above}{key}.")

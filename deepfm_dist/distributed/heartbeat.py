@@ -1,10 +1,11 @@
-"""Which ranks are alive: rank 0's heartbeat, the roll call after a failure, the watch over a GPU.
+"""Detects lost ranks: rank 0's heartbeat, a roll call after failures, a watchdog for GPUs.
 
-gloo raises an error as soon as a rank is lost, and `raise_if_ranks_missing` then finds out which.
-NCCL does not: the host waits inside a CUDA call for a kernel that waits for the lost rank, and
-Python runs no signal handler there. A thread, `Watch`, looks after the process instead.
+gloo raises an error when a rank is lost, and `raise_if_ranks_missing` finds out which one. NCCL
+does not: the host blocks in a CUDA call on a kernel that waits for the lost rank, and Python runs
+no signal handlers there. A thread, `Watch`, monitors the process instead.
 
-`torch.distributed.monitored_barrier` names missing ranks too, but only to rank 0, only with gloo.
+`torch.distributed.monitored_barrier` also names missing ranks, but only on rank 0 and only with
+gloo.
 """
 
 import os
@@ -25,19 +26,19 @@ import torch.distributed as dist
 from deepfm_dist.errors import RankLost
 
 SHORT = timedelta(seconds=5)
-"""What a living rank needs at most to answer."""
+"""Seconds within which a live rank answers."""
 _ANSWER_S = 5.0  # in which another waiting rank answers
 _BEATS = "beats"  # how often rank 0 has shown that it is there
 T = TypeVar("T")
 
 
 def in_background(work: Callable[[], T], device: torch.device | None = None) -> Future[T]:
-    """Calls something that may never return, without keeping the process from ending.
+    """Calls a function that may block forever in a daemon thread.
 
     Args:
-        work: what the thread calls.
-        device: where this rank computes, if ``work`` may touch it. A thread begins on GPU 0, and
-            every rank of a machine would open a CUDA context there.
+        work: the function.
+        device: this rank's device, if ``work`` may use it. Threads start on GPU 0, and every rank
+            of a machine would create a CUDA context there.
     """
     outcome = Future[T]()
 
@@ -55,7 +56,7 @@ def in_background(work: Callable[[], T], device: torch.device | None = None) -> 
 
 @contextmanager
 def beating(store: dist.Store, timeout_s: float) -> Iterator[None]:
-    """Counts up in the store as long as this process, rank 0, runs; `wait_for` watches the count.
+    """Increments a counter in the store while this process, rank 0, runs; `wait_for` watches it.
 
     Args:
         store: shared by the ranks.
@@ -64,7 +65,7 @@ def beating(store: dist.Store, timeout_s: float) -> Iterator[None]:
     over = Event()
 
     def beat() -> None:
-        # A client of its own: calls to one wait for each other, and some wait long for other ranks.
+        # A separate client: calls on one client are serialised, and some block on other ranks.
         client: dist.Store = store.clone()  # type: ignore[attr-defined]
         while not over.wait(_interval_s(timeout_s)):
             client.add(_BEATS, 1)
@@ -79,12 +80,12 @@ def beating(store: dist.Store, timeout_s: float) -> Iterator[None]:
 
 
 def wait_for(store: dist.Store, key: str, timeout_s: float) -> bytes:
-    """Waits for what rank 0 writes, however long that takes, as long as its heart beats.
+    """Waits for a key that rank 0 sets, for as long as rank 0 sends heartbeats.
 
     Args:
         store: shared by the ranks.
-        key: what rank 0 sets.
-        timeout_s: seconds without a beat after which rank 0 counts as lost.
+        key: the key.
+        timeout_s: seconds without a heartbeat after which rank 0 is considered lost.
 
     Returns:
         The value of the key.
@@ -99,7 +100,7 @@ def wait_for(store: dist.Store, key: str, timeout_s: float) -> bytes:
 
     beats, last_beat, pause_s = 0, time.monotonic(), 0.001
     while (left_s := last_beat + timeout_s - time.monotonic()) > 0:
-        try:  # rank 0 may hold the store, and calls to it never return
+        try:  # rank 0 may hold the store, whose calls then never return
             value, count = in_background(read).result(left_s)
         except TimeoutError:
             break
@@ -108,18 +109,18 @@ def wait_for(store: dist.Store, key: str, timeout_s: float) -> bytes:
         if count != beats:
             beats, last_beat = count, time.monotonic()
         time.sleep(pause_s)
-        # Short pauses: a complete barrier should not wait.
+        # Short pauses, so that a complete barrier returns quickly.
         pause_s = min(2 * pause_s, _interval_s(timeout_s), 0.05)
     raise dist.DistStoreError(f"timed out: no sign of life from rank 0 in {key!r}")
 
 
 def _interval_s(timeout_s: float) -> float:
-    """Seconds from one beat to the next."""
+    """Seconds between heartbeats."""
     return min(1.0, timeout_s / 10)
 
 
 def rank_lost(missing: list[int], world_size: int, timeout_s: float) -> RankLost:
-    """The error that names the ranks which did not answer."""
+    """The error that names the ranks that did not answer."""
     names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
     return RankLost(
         f"{names} of {world_size} did not answer: killed, or hanging for run.timeout_s="
@@ -135,7 +136,7 @@ def raise_if_ranks_missing(
     local_rank: int,
     error: RuntimeError,
 ) -> None:
-    """Calls the roll after an exchange failed.
+    """Finds out which ranks are missing after a collective failed.
 
     Args:
         store: shared by the ranks.
@@ -146,17 +147,17 @@ def raise_if_ranks_missing(
         error: what failed.
 
     Raises:
-        RankLost: when others do not answer, on the lowest rank that does; where the store is gone,
-            on the lowest one of each machine.
-        SystemExit: on the others that do.
+        RankLost: if ranks do not answer, on the lowest rank that does; if the store is gone, on the
+            lowest rank of each machine.
+        SystemExit: on the other ranks.
     """
-    # A store on a machine that was cut off keeps its callers waiting for good.
+    # Calls to a store on a disconnected machine never return.
     patience_s = 2 * SHORT.total_seconds() + 0.2 * world_size
     try:
         missing = in_background(lambda: _missing(store, rank, world_size)).result(patience_s)
         speaks = min({*range(world_size)} - {*missing})
     except (TimeoutError, RuntimeError):
-        # Rank 0 held the store. Who else is gone with it cannot be known, nor be said to others.
+        # Rank 0 held the store, so other missing ranks can be neither detected nor reported.
         missing, speaks = [0], max(1, rank - local_rank)
     if not missing:
         return
@@ -166,10 +167,10 @@ def raise_if_ranks_missing(
 
 
 def _missing(store: dist.Store, own_rank: int, world_size: int) -> list[int]:
-    """Ranks that do not say that they are there.
+    """Ranks that do not answer.
 
     Raises:
-        RuntimeError: there is no store any more.
+        RuntimeError: the store is gone.
     """
     missing = []
     store.set(f"here_{own_rank}", "")
@@ -184,18 +185,18 @@ def _missing(store: dist.Store, own_rank: int, world_size: int) -> list[int]:
 
 
 class Watch:
-    """Looks after the main thread while it is inside `waiting`.
+    """Monitors the main thread while it is inside `waiting`.
 
-    When that takes almost ``timeout_s``, or `_ANSWER_S` longer than a signal that came meanwhile
-    (a launcher sends SIGTERM to those that are left), the ranks that wait say so in the store. The
-    lowest of them names the others, and all of them end with exit code 1.
+    If that takes almost ``timeout_s``, or `_ANSWER_S` after a signal (a launcher sends SIGTERM to
+    the remaining ranks), the waiting ranks report in the store. The lowest of them names the
+    missing ones, and all of them exit with code 1.
 
     Args:
-        store: shared by the ranks; nobody else uses this object.
+        store: shared by the ranks; not used elsewhere.
         rank: of this process.
         world_size: number of ranks.
-        timeout_s: seconds after which a lost rank is given up.
-        end: ends the process.
+        timeout_s: seconds after which to give up on a lost rank.
+        end: exits the process.
     """
 
     def __init__(
@@ -208,7 +209,7 @@ class Watch:
     ) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._timeout_s, self._end = timeout_s, end
-        # Before NCCL's own watchdog, which aborts the process with a page of C++ frames.
+        # Earlier than NCCL's watchdog, which aborts the process with a page of C++ frames.
         self._patience_s = max(timeout_s / 2, timeout_s - 3 * _ANSWER_S)
         self._since: float | None = None
         self._over = Event()
@@ -233,7 +234,7 @@ class Watch:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """To be entered while the host waits for the GPU, and with it for all ranks."""
+        """Context to enter while the host waits for the GPU, and so for all ranks."""
         if self._since is not None:  # inside another one
             yield
             return
@@ -260,12 +261,12 @@ class Watch:
                 signalled = None
 
     def _end_if_ranks_missing(self, since: float) -> None:
-        """Ends the process if other ranks do not wait as this one does."""
+        """Exits the process if other ranks do not report as waiting."""
         with suppress(dist.DistError):
             before = [self._store.add(f"waits_{rank}", 0) for rank in range(self._world_size)]
             there = {self._rank}
             until = time.monotonic() + 2 * _ANSWER_S
-            # To the end even when all have answered: a rank that began later needs this answer.
+            # Even if all have answered: a rank that started later needs this answer.
             while time.monotonic() < until and self._since == since:
                 self._store.add(f"waits_{self._rank}", 1)
                 time.sleep(_ANSWER_S / 10)
@@ -280,6 +281,6 @@ class Watch:
                 missing = sorted({*range(self._world_size)} - there)
                 error = rank_lost(missing, self._world_size, self._timeout_s)
                 print(f"RankLost: {error}", file=sys.stderr, flush=True)
-        # Also where the store is gone, with the rank that held it.
+        # Also if the store is gone with the rank that held it.
         if self._since == since:
             self._end(RankLost.exit_code)

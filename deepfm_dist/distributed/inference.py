@@ -1,4 +1,4 @@
-"""Scores of many rows, in blocks of one height, so that no result depends on the world size."""
+"""Scores rows in blocks of fixed height, so that results do not depend on the world size."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -13,16 +13,16 @@ from deepfm_dist.model.losses import LabelledRows
 
 
 def probabilities(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    """The sigmoid of logits of any size, in float64."""
+    """Numerically stable sigmoid in float64."""
     with np.errstate(over="ignore"):  # exp(-z) = inf gives 0, as it should
         result: npt.NDArray[np.float64] = 1 / (1 + np.exp(-logits.astype(np.float64)))
     return result
 
 
 def dealt_blocks(n_blocks: int, world: World, description: str) -> Iterator[int]:
-    """This rank's blocks, contiguous; every rank gets as many, numbers past the end included.
+    """This rank's contiguous blocks; all ranks get the same number, some past the end.
 
-    Look-ups are collective: a rank that has run out of blocks still takes part, with an empty one.
+    Look-ups are collective, so a rank without blocks takes part with empty ones.
 
     Args:
         n_blocks: blocks of all ranks.
@@ -52,8 +52,8 @@ def score_rows(
         world: the ranks.
         n_rows: rows of all ranks, or of this one if it names its ``blocks``.
         height: rows per block; a GEMM's last digits depend on it.
-        collate: (begin, end) -> these rows as a batch of ``height``; (n, n) is an empty one.
-        blocks: numbers of this rank's, as many as on any other; default: they are dealt.
+        collate: maps (begin, end) to a batch of ``height`` rows; (n, n) is an empty one.
+        blocks: this rank's block numbers, the same count on every rank; default: dealt.
 
     Yields:
         (first row, logits ``[m]``) for each block, in order; rank 0's rows first.

@@ -1,4 +1,4 @@
-"""A CPU kernel for what FBGEMM is slow at: the backward pass of row-wise Adagrad."""
+"""A faster CPU kernel for the backward pass of row-wise Adagrad."""
 
 import warnings
 from functools import cache
@@ -14,20 +14,20 @@ from deepfm_dist.compiled import compiled
 
 _OPERATOR = "fbgemm::split_embedding_backward_codegen_rowwise_adagrad_cpu"
 _SUM_POOLING = 0
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # spreads multiples over the high bits
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # multiplicative hashing
 FloatArray = npt.NDArray[np.float32]
 
 
 @cache
 def register() -> operators.Library:
-    """Puts `rowwise_adagrad` in the place of FBGEMM's kernel, for this process.
+    """Replaces FBGEMM's kernel by `rowwise_adagrad` in this process.
 
-    FBGEMM 1.8's own, made at run time, mixes legacy SSE instructions into AVX code, and the
-    processor waits at every one: half of a small model's step (``benchmarks/row_updates.py``).
-    What this one does not cover (float16 tables, weighted bags) still goes to FBGEMM's.
+    FBGEMM 1.8's JIT-compiled kernel mixes legacy SSE instructions into AVX code, which stalls the
+    processor: half of a small model's step (``benchmarks/row_updates.py``). Unsupported cases
+        (float16 tables, weighted bags) still use FBGEMM's kernel.
 
     Returns:
-        What keeps it registered.
+        An object that keeps it registered.
     """
     stock = operators.get_kernel(_OPERATOR, "CPU")
 
@@ -74,7 +74,7 @@ def register() -> operators.Library:
 
     ours = operators.Library("fbgemm", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of every kernel that is replaced
+        warnings.simplefilter("ignore")  # torch warns about replaced kernels
         ours.impl(_OPERATOR.split("::")[1], update, "CPU", with_keyset=True, allow_override=True)
     return ours
 
@@ -97,20 +97,20 @@ def rowwise_adagrad(
     lr: np.float32,
     eps: np.float32,
 ) -> None:
-    """Updates the looked-up rows of several tables, each once.
+    """Updates the looked-up rows of several tables, once per row.
 
     With g the sum of a row's gradients: ``h += mean(g^2)``, ``w -= lr / (sqrt(h) + eps) * g``.
 
     Args:
         gradient: ``[B, columns[-1]]`` of the pooled rows, features side by side.
-        weights: all tables, one after the other, row by row.
-        weights_offsets: ``[F]`` where in it a feature's table begins.
+        weights: all tables, concatenated, row by row.
+        weights_offsets: ``[F]`` offset of each feature's table.
         columns: ``[F + 1]`` int32: the features' columns of ``gradient``; multiples of 4.
         rows_before: ``[F + 1]``: the same for two neighbours if they read the same table.
-        ids: rows that are looked up, feature by feature, bag by bag.
+        ids: looked-up rows, by feature and bag.
         offsets: ``[F * B + 1]``: the bags' ids.
         accumulator: the rows' h.
-        accumulator_offsets: ``[F]`` where in it a feature's table begins.
+        accumulator_offsets: ``[F]`` offset of each feature's table.
         lr: learning rate.
         eps: added to the root.
 
@@ -127,7 +127,7 @@ def rowwise_adagrad(
         feature += 1
         begin, end = offsets[first * batch], offsets[feature * batch]
         width = columns[first + 1] - columns[first]
-        # Which rows come, in the order in which they do, and the sums of their gradients.
+        # Distinct rows in order of first occurrence, and the sums of their gradients.
         bits = 1
         while (1 << bits) < 2 * (end - begin):
             bits += 1

@@ -1,4 +1,4 @@
-"""Which kernel and optimizer each table gets on this device, and why."""
+"""Chooses kernel and optimizer of the tables on a device."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,13 +40,13 @@ def bound_gradients(
     dense: Sequence[Tensor],
     world: World,
 ) -> None:
-    """Cuts gradients down between backward and update, as the configuration bounds them. All ranks.
+    """Clips gradients between backward and update, as configured. All ranks.
 
     Args:
-        config: names the bounds; L2 is added here where the bounded gradient includes it.
-        tables: this rank's pieces of the tables under the dense kernel.
-        replicated: tables that every rank has, their gradients averaged over the ranks.
-        dense: the other parameters that every rank has, likewise.
+        config: the bounds; L2 is added here if the clipped gradient includes it.
+        tables: this rank's pieces of tables with the dense kernel.
+        replicated: replicated tables, with averaged gradients.
+        dense: the other replicated parameters, with averaged gradients.
         world: the ranks.
     """
     all_tables, shared = [*tables, *replicated], [*replicated, *dense]
@@ -55,9 +55,9 @@ def bound_gradients(
             for parameter in parameters:
                 if l2 and parameter.grad is not None:
                     parameter.grad.add_(parameter, alpha=l2)
-        # Each rank has a part of the tables, and all of the rest.
+        # Each rank has part of the tables and all other parameters.
         squared = world.sum(_squared_norm(tables, world)) + _squared_norm(shared, world)
-        # As torch.nn.utils.clip_grad_norm_ does.
+        # Like torch.nn.utils.clip_grad_norm_.
         scale = (config.max_norm / (squared.sqrt() + 1e-6)).clamp(max=1.0)
         for parameter in (*tables, *shared):
             if parameter.grad is not None:
@@ -65,7 +65,7 @@ def bound_gradients(
     if config.dense.max_norm is not None:
         torch.nn.utils.clip_grad_norm_(dense, config.dense.max_norm)
     if (bound := config.tables.max_gradient) is not None:
-        for parameter in all_tables:  # torch's own function fails on a rank that holds no table
+        for parameter in all_tables:  # torch's function fails on a rank without tables
             if parameter.grad is not None:
                 parameter.grad.clamp_(-bound, bound)
 
@@ -84,14 +84,14 @@ class TableOptimizer:
     """How embedding tables are updated.
 
     Attributes:
-        name: as the configuration calls it.
-        kernel: fused: updated in backward; dense: by a torch optimizer after it.
+        name: in the configuration.
+        kernel: fused: updated in backward; dense: by a torch optimizer afterwards.
         kind: the optimizer's class.
         arguments: its arguments.
         fused_params: further arguments of FBGEMM's kernel.
-        reason: why this kernel.
-        device: where the tables are.
-        half: whether tables are kept in float16.
+        reason: for the choice of kernel.
+        device: of the tables.
+        half: whether tables are in float16.
     """
 
     name: str
@@ -105,11 +105,11 @@ class TableOptimizer:
 
     @property
     def replicable(self) -> bool:
-        """Whether it can update tables of which every rank has a copy."""
+        """Whether it supports replicated tables."""
         return self.kernel is EmbeddingComputeKernel.DENSE or self.name in REPLICABLE
 
     def for_replicas(self, parameters: Mapping[str, nn.Parameter]) -> KeyedOptimizerWrapper:
-        """The optimizer of tables of which every rank has a copy, by their full names."""
+        """The optimizer of replicated tables, by their full names."""
         if self.kernel is EmbeddingComputeKernel.DENSE:
             return KeyedOptimizerWrapper(parameters, lambda p: self.kind(p, **self.arguments))
         tables = {table_of(name): parameter for name, parameter in parameters.items()}
@@ -120,11 +120,11 @@ class TableOptimizer:
         )
 
     def attach(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Marks tables for updates in backward; to be called before they are sharded."""
+        """Marks tables for updates in backward; call it before sharding."""
         if self.kernel is EmbeddingComputeKernel.FUSED:
             if self.kind is torchrec.optim.RowWiseAdagrad and self.device.type == "cpu":
                 kernels.register()
-            # A copy: torch takes the learning rate out of it.
+            # A copy, since torch removes the learning rate from it.
             _apply_optimizer_in_backward(self.kind, parameters, dict(self.arguments))
 
 
@@ -132,11 +132,11 @@ def table_optimizer(config: OptimizerConfig, device: torch.device) -> TableOptim
     """Chooses the kernel.
 
     Args:
-        config: the optimizers' settings. With ``max_norm`` L2 is left to `bound_gradients`.
-        device: where the tables are.
+        config: the optimizers' settings. With ``max_norm``, `bound_gradients` adds L2.
+        device: of the tables.
 
     Raises:
-        ConfigError: the device cannot do it.
+        ConfigError: the device does not support it.
     """
     name, lr, max_gradient = config.tables.name, config.tables.lr, config.tables.max_gradient
     l2 = config.tables.l2 if config.max_norm is None else 0.0
@@ -234,12 +234,12 @@ def combined_optimizer(
 
 
 def torch_optimizers(optimizer: CombinedOptimizer) -> list[torch.optim.Optimizer]:
-    """Those of a `combined_optimizer` that update after backward: all but the fused tables'."""
+    """The parts of a `combined_optimizer` that update after backward: all but fused tables."""
     return [keyed._optimizer for name, keyed in optimizer.optimizers if name != "fused"]
 
 
 def parameters_of(optimizer: CombinedOptimizer, part: str) -> list[Tensor]:
-    """What a part of a `combined_optimizer` updates.
+    """The parameters of a part of a `combined_optimizer`.
 
     Args:
         optimizer: the combined one.
@@ -255,13 +255,12 @@ def parameters_of(optimizer: CombinedOptimizer, part: str) -> list[Tensor]:
 
 
 def skip_updates_if(flag: Tensor, optimizer: CombinedOptimizer) -> None:
-    """Keeps all but the fused tables from an update, and from its trace in their state.
+    """Skips the update of everything but fused tables, if a flag is set.
 
-    As mixed precision's `torch.amp.GradScaler` does it: torch's fused kernels look at the flag on
-    the device.
+    Like `torch.amp.GradScaler`: torch's fused kernels read the flag on the device.
 
     Args:
-        flag: ``[]`` float32 on their device; 1 at a step that is to be skipped, else 0.
+        flag: ``[]`` float32 on their device; 1 to skip the step, else 0.
         optimizer: a `combined_optimizer`.
     """
     for each in torch_optimizers(optimizer):
@@ -269,9 +268,9 @@ def skip_updates_if(flag: Tensor, optimizer: CombinedOptimizer) -> None:
 
 
 def can_skip_on_device(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
-    """Whether gradients of zero leave a fused table and its optimizer's state as they are.
+    """Whether zero gradients leave a fused table and its optimizer state unchanged.
 
-    Adam's moments would fade, and rows with weight decay shrink.
+    With Adam, moments would decay; with weight decay, rows would shrink.
     """
     return kernel.optimizer in _STILL_AT_ZERO and not kernel.optimizer_args.weight_decay
 
@@ -280,7 +279,7 @@ _STILL_AT_ZERO = (OptimType.EXACT_ROWWISE_ADAGRAD, OptimType.EXACT_ADAGRAD, Opti
 
 
 def set_learning_rates(optimizer: CombinedOptimizer, tables: float, dense: float) -> None:
-    """Sets the rates of the next step, where they are not what they were."""
+    """Sets the learning rates of the next step if they changed."""
     for name, keyed in optimizer.optimizers:
         rate = dense if name == "dense" else tables
         if any(group["lr"] != rate for group in keyed.param_groups):

@@ -1,4 +1,4 @@
-"""A folder of Parquet parts that ranks write side by side, on a disk or behind a URL."""
+"""A local or remote folder of Parquet parts that ranks write in parallel."""
 
 import json
 import logging
@@ -30,26 +30,27 @@ SUCCESS = "_SUCCESS"
 _INPUTS = "_inputs.json"
 _PART = re.compile(r"part-(\d{6})\.parquet")
 _NO_DICTIONARY = ("score", "probability")
-"""Columns with mostly distinct values: trying a dictionary would take half of the time."""
+"""Columns with mostly distinct values: trying dictionary encoding would take half of the time."""
 
 
 class PartFolder:
-    """Parts ``part-000000.parquet``, ...: each is complete or absent. All ranks.
+    """Parts ``part-000000.parquet``, ..., each complete or absent. All ranks.
 
-    A part appears under its name when it is complete, so that a job that was killed continues with
-    the parts that are missing. Parts are reused only if they were made from the same inputs.
+    Parts are renamed into place when complete, so that an interrupted job resumes with the missing
+    ones. Parts are reused only if they were made from the same inputs.
 
     Args:
         folder: a URL, or a folder that all ranks share.
-        inputs: what the parts depend on, as JSON values; None: earlier parts are never reused.
+        inputs: everything that the parts depend on, as JSON values; None: never reuse earlier
+            parts.
         world: the ranks.
-        content: what the parts hold; those of something else are not replaced.
+        content: description of the parts; parts of something else are not replaced.
         private: whether the folder belongs to this job, so that anything else in it is deleted;
             otherwise a folder with other files is refused.
 
     Attributes:
-        present: numbers of the parts that were there already.
-        summary: of a folder that was complete; None: it was not.
+        present: numbers of existing parts.
+        summary: of a complete folder; None if it was incomplete.
 
     Raises:
         ConfigError: the folder holds other files or parts of something else, or is a file.
@@ -96,7 +97,7 @@ class PartFolder:
         return {path.name for path in self.folder.iterdir()}
 
     def _complete(self, present: frozenset[int]) -> Mapping[str, Any] | None:
-        """The summary, unless a part has been deleted since."""
+        """The summary of a complete folder; None if a part is missing."""
         mark = self.folder / SUCCESS
         try:
             summary: Mapping[str, Any] = json.loads(mark.read_text())
@@ -132,11 +133,11 @@ class PartFolder:
             SUCCESS,
             *own,
             _INPUTS,
-        ):  # the mark goes first, so that an interrupted removal leaves an incomplete folder
+        ):  # the mark first, so that an interrupted removal leaves an incomplete folder
             (self.folder / name).unlink(missing_ok=True)
 
     def _content_there(self) -> str:
-        """What the parts hold that are there; empty if an earlier version wrote them."""
+        """Description of the existing parts; empty for an earlier version's."""
         with suppress(ValueError, AttributeError):  # damaged
             return str(json.loads((self.folder / _INPUTS).read_text()).get("content", ""))
         return ""
@@ -158,10 +159,10 @@ class PartFolder:
             os.replace(aside, path)
 
     def check_complete(self, n_parts: int) -> None:
-        """Makes sure that this process sees what all ranks wrote.
+        """Checks that this process sees the parts of all ranks.
 
         Raises:
-            DeepFMError: parts that were written on another machine are not there.
+            DeepFMError: parts written on another machine are missing.
         """
         with storage_errors_to_user(self.folder):
             names = self._names()
@@ -193,7 +194,7 @@ class PartFolder:
 
 
 def write_options(schema: pa.Schema) -> dict[str, Any]:
-    """How results are written: options of `pyarrow.parquet.ParquetWriter`."""
+    """Options of `pyarrow.parquet.ParquetWriter` for results."""
     repetitive = [name for name in schema.names if name not in _NO_DICTIONARY]
     return {
         "compression": "zstd",

@@ -38,7 +38,7 @@ PHASES = ("data", "embeddings", "forward", "backward", "optimizer")
 
 
 class _NoOptimizer:
-    """For TorchRec's pipeline, whose own update would leave no room between backward and step."""
+    """Disables the update in TorchRec's pipeline, so that gradients can be clipped before it."""
 
     def zero_grad(self) -> None: ...
 
@@ -53,8 +53,8 @@ class Step:
 
     Attributes:
         sparse: table rows of this rank's last micro-batch.
-        rows: (logits, labels, weights), ``[b]`` each, of this rank's rows, a micro-batch each;
-            none where the loss is that of users.
+        rows: (logits, labels, weights), ``[b]`` each, of this rank's rows by micro-batch; empty for
+            losses over users.
     """
 
     def __init__(self, world: World) -> None:
@@ -70,7 +70,7 @@ class Step:
 
         Args:
             loss: ``[]`` this rank's share.
-            stop: ``[]`` 1 where this process was asked to stop, else 0.
+            stop: ``[]`` 1 if this process was asked to stop, else 0.
 
         Returns:
             ``[]`` the loss of all ranks and of the step's micro-batches so far.
@@ -115,7 +115,7 @@ class Step:
 
 
 class _Prefetcher:
-    """Batches on the device: while one trains, the next one is copied on a stream of its own."""
+    """Copies the next batch to the device on a separate stream while the current one trains."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -147,9 +147,9 @@ class _Prefetcher:
 
 
 class _ExchangedIds(KeyedJaggedTensor):
-    """Ids of which nobody reads back how many each field has.
+    """Exchanged ids without reading back the number per field.
 
-    TorchRec does so for all that is received, though only several groups of tables need it.
+    TorchRec reads it back for all received ids, though only several groups of tables need it.
     """
 
     def split(self, segments: list[int]) -> list[KeyedJaggedTensor]:
@@ -181,11 +181,11 @@ class _ExchangedIds(KeyedJaggedTensor):
 
 
 class _SizesFromHost(KJTAllToAllForward):
-    """Begins an exchange of ids whose sizes go from host to host, through gloo.
+    """Starts an exchange of ids whose sizes are sent between hosts with gloo.
 
-    TorchRec 1.8 copies the sizes to the GPU, exchanges them there and reads them back: on CUDA the
-    host waits seven times. The sizes to send are known here (`Batch.sparse` brings them),
-    unless rows are cut over the ranks, where the ids decide.
+    TorchRec 1.8 copies the sizes to the GPU, exchanges them there and reads them back, which
+    synchronises seven times on CUDA. The sizes to send are known on the host (from `Batch.sparse`),
+    except for row-wise tables, where they depend on the ids.
     """
 
     def __call__(self, input: KeyedJaggedTensor) -> KJTSplitsAllToAllMeta:
@@ -212,7 +212,7 @@ class _SizesFromHost(KJTAllToAllForward):
 
 
 def send_sizes_from_host(tables: ShardedEmbeddingBagCollection) -> None:
-    """Lets gloo exchange the sizes of the ids that TorchRec's pipeline exchanges."""
+    """Makes TorchRec's pipeline exchange the sizes of ids with gloo."""
     for of_sharding in tables._input_dists:
         exchange = getattr(of_sharding, "_dist", None)  # replicated tables exchange nothing
         if exchange is not None:
@@ -220,28 +220,27 @@ def send_sizes_from_host(tables: ShardedEmbeddingBagCollection) -> None:
 
 
 class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
-    """Takes optimizer steps, and never one whose loss is not finite.
+    """Takes optimizer steps; skips steps whose loss is not finite.
 
-    The batches of several ranks on CUDA pass TorchRec's pipeline, which copies the next batches and
-    exchanges their ids while the current one trains. One rank has no ids to exchange and takes a
-    plain loop, with the next batch copied ahead on CUDA; so do ranks on CPU, which have nothing to
-    overlap.
+    Several ranks on CUDA use TorchRec's pipeline, which copies the next batches and exchanges their
+    ids while the current one trains. A single rank has no ids to exchange and uses a plain loop,
+    with the next batch copied ahead on CUDA; so do ranks on CPU, which have nothing to overlap.
 
-    The loss is summed over the ranks before backward: fused tables are updated in backward, so
-    that a NaN found later would already be in them. Where ``deferred``, the host does not wait for
-    this sum. Backward then runs in any case, and a flag on the device turns the gradients of the
-    pooled rows into zeros, which change no table, and keeps the other optimizers from updating.
+    The loss is summed over the ranks before backward: fused tables are updated in backward, when it
+    would be too late to detect a NaN. If ``deferred``, the host does not wait for this sum.
+    Backward then always runs, and a flag on the device zeroes the gradients of the pooled rows,
+    which leaves tables unchanged, and disables the other optimizers.
 
     Args:
         model: the sharded task; its forward returns (loss, logits).
         optimizer: the combined optimizer.
         world: the ranks.
-        micro_batches: batches per optimizer step, whose gradients add up.
-        config: bounds of the gradients; default: none.
-        asked_to_stop: whether this process was asked to.
-        overlapped: whether batches pass TorchRec's pipeline; default: of several ranks on CUDA.
-        deferred: whether the device alone decides on a step; default: on CUDA where no table's
-            optimizer moves rows whose gradients are zero.
+        micro_batches: number of batches per optimizer step, whose gradients are summed.
+        config: gradient bounds; default: none.
+        asked_to_stop: whether this process was asked to stop.
+        overlapped: whether to use TorchRec's pipeline; default: with several ranks on CUDA.
+        deferred: whether the device decides on a step; default: on CUDA if zero gradients leave
+            all tables unchanged.
     """
 
     def __init__(
@@ -273,9 +272,9 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         groups = [group for each in self._optimizers for group in each.param_groups]
         self._learned = [parameter for group in groups for parameter in group["params"]]
         self._buffers = _running_statistics(model)
-        # A tensor as the first gradient costs no operation, and scales nothing on one rank.
-        # A rank's loss is its share of the global mean; DDP and TorchRec average gradients over
-        # the ranks, so that the shares must be scaled up to add up to the mean's.
+        # Passing a tensor as the initial gradient costs no operation. A rank's loss is its share of
+        # the global mean, but DDP and TorchRec average gradients over the ranks, so the shares are
+        # scaled by the number of ranks.
         self._scale = torch.full((), float(world.world_size), device=world.device)
         self._stop = torch.zeros((), device=world.device)
         self._is_finite = torch.ones((), dtype=torch.bool, device=world.device)
@@ -343,7 +342,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         self._looking_up_since = time.perf_counter()
 
     def _on_lookup(self, module: nn.Module, _arguments: Any, pooled: Any) -> Any:
-        """Waits for the pooled rows, which are used next in any case."""
+        """Waits for the pooled rows, which are needed next."""
         waited = pooled.wait() if isinstance(pooled, LazyAwaitable) else pooled
         if module.training:  # validation has a phase of its own
             took = time.perf_counter() - self._looking_up_since
@@ -364,7 +363,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
                 losses.backward(self._scale)
 
     def _decide(self, loss: Tensor) -> bool:
-        """Adds a micro-batch's loss to the step's; whether backward is to run. All ranks."""
+        """Adds a micro-batch's loss to the step's; returns whether to run backward. All ranks."""
         if self._asked_to_stop():
             self._stop.fill_(1.0)
         total = self._step.add(loss, self._stop)
@@ -386,12 +385,12 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
             return enqueued
 
     def start_sparse_data_dist(self, batch: Any, context: Any) -> None:
-        """Begins to exchange a batch's ids."""
+        """Starts exchanging a batch's ids."""
         with self._time("embeddings"):
             super().start_sparse_data_dist(batch, context)
 
     def wait_sparse_data_dist(self, context: Any) -> None:
-        """Ends the exchange of a batch's ids."""
+        """Completes the exchange of a batch's ids."""
         with self._time("embeddings"):
             super().wait_sparse_data_dist(context)
 
@@ -440,9 +439,9 @@ def train_pipeline(model: nn.Module, *arguments: Any, **options: Any) -> TrainPi
 
 
 def _running_statistics(model: nn.Module) -> list[Tensor]:
-    """What forward changes by itself: buffers that checkpoints hold. A skipped step restores them.
+    """The persistent buffers, which forward changes and a skipped step restores.
 
-    Others, such as constants that follow from the configuration, are not persistent.
+    Other buffers, such as constants, are not persistent.
     """
     return [
         buffer

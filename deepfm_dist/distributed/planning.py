@@ -1,4 +1,4 @@
-"""Will it fit? Memory and traffic of a plan on ranks that need not exist."""
+"""Estimates memory and traffic of a sharding plan on hypothetical ranks."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,25 +33,25 @@ FLOAT_BYTES = ID_BYTES = 4
 IN_FLIGHT = 3
 """Batches whose ids and numbers a rank holds at once: in training, being exchanged and copied."""
 MOST_RANKS = 8192
-"""More are not proposed."""
+"""Maximum number of GPUs to propose."""
 DENSE_COPIES = 5
 """Floats per parameter of the over-arch: value, gradient, DDP's bucket, Adam's two moments."""
 
 
 def hypothetical_world(world_size: int, local_world_size: int) -> World:
-    """GPUs to plan for; there is no process group, nor need there be a GPU."""
+    """A world of GPUs to plan for; needs neither a process group nor GPUs."""
     return World(0, world_size, local_world_size, 0, torch.device("cuda"), dist.HashStore())
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained, and on what.
+    """What to train, and on which ranks.
 
     Attributes:
         task: the model, its tables on the meta device.
-        world: the ranks, as `hypothetical_world` makes them.
+        world: the ranks, from `hypothetical_world`.
         optimizer: of the tables.
-        sharding: where the tables are asked to lie.
+        sharding: configured placement.
         batch_size: rows per step over all ranks.
         hbm_bytes: memory of a GPU.
     """
@@ -78,7 +78,7 @@ class TableDemand:
         cached: share of its rows that GPUs keep; None: all of them.
         traffic_bytes: that cross the network in a step, over all ranks: ids, pooled rows and their
             gradients; of a replicated table its gradient; of a table of which each group of ranks
-            has a copy, also what averaging takes.
+            has a copy, also the traffic of averaging.
     """
 
     table: str
@@ -99,8 +99,8 @@ class RankDemand:
         table_bytes: weights and optimizer state of its pieces of tables, as far as a GPU has them.
         buffer_bytes: ids, numbers and vectors of batches, pooled rows and their gradients.
         dense_bytes: the over-arch with its gradients, state and activations.
-        sent_bytes: what it sends in a step, the over-arch's all-reduce included.
-        local_bytes: the part of it that stays within the machine.
+        sent_bytes: bytes sent in a step, including the over-arch's all-reduce.
+        local_bytes: the part that stays within the machine.
     """
 
     table_bytes: int
@@ -126,13 +126,13 @@ class RankDemand:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan and what it takes.
+    """A plan and its demands.
 
     Attributes:
         job: what was planned.
         tables: a line per table.
         ranks: a line per rank.
-        remedies: what would make it fit, each by itself; empty where it fits.
+        remedies: single changes that would make it fit; empty if it fits.
     """
 
     job: Job
@@ -142,22 +142,22 @@ class Plan:
 
     @property
     def fullest(self) -> RankDemand:
-        """The rank that needs most memory."""
+        """The rank that needs the most memory."""
         return max(self.ranks, key=lambda rank: rank.total_bytes)
 
     @property
     def share(self) -> float:
-        """Of a GPU's memory that the fullest rank needs."""
+        """Share of a GPU's usable memory that the fullest rank needs."""
         return self.fullest.total_bytes / self.job.hbm_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether every rank has room, the reserve left free."""
+        """Whether every rank fits, with the reserve left free."""
         return self.share <= 1 - RESERVED
 
     @property
     def seconds_sending(self) -> float:
-        """Of the rank that takes longest, at TorchRec's figures for NVLink and InfiniBand."""
+        """Time of the slowest rank, with TorchRec's bandwidths of NVLink and InfiniBand."""
         return (
             max(
                 (rank.sent_bytes - rank.local_bytes) / CROSS_NODE_BANDWIDTH
@@ -169,12 +169,12 @@ class Plan:
 
 
 def plan(job: Job) -> Plan:
-    """Places the tables by TorchRec's planner, and adds up what they need.
+    """Places the tables with TorchRec's planner, and sums their demands.
 
-    Where it finds no plan, the one shown cuts every table by rows, which spreads them most evenly.
+    If it finds no plan, every table is sharded by rows, which is the most even.
 
     Raises:
-        ConfigError: a placement cannot be.
+        ConfigError: a placement is impossible.
     """
     plan = _plan_if_possible(job) or _plan_if_possible(_row_wise(job))
     assert plan is not None  # nothing is left to the planner
@@ -182,7 +182,7 @@ def plan(job: Job) -> Plan:
 
 
 def _plan_if_possible(job: Job) -> Plan | None:
-    """As the job says; None where the planner finds no room."""
+    """The job's plan; None if the planner finds none."""
     try:
         return _estimate(job, _place(job))
     except DoesNotFit:
@@ -213,7 +213,7 @@ def _group(job: Job) -> Job:
 
 
 def _estimate(job: Job, placed: Mapping[str, TablePlan], row_width: int | None = None) -> Plan:
-    """What a placement needs; with another width of the rows, if wanted."""
+    """The demands of a placement, optionally with another row width."""
     arch = job.task.model.embedding_arch
     width = row_width or arch.row_width
     ranks = job.world.world_size
@@ -250,7 +250,7 @@ def _estimate(job: Job, placed: Mapping[str, TablePlan], row_width: int | None =
 def _table_demand(
     job: Job, config: EmbeddingBagConfig, placement: TablePlan, width: int, weight_bytes: int
 ) -> tuple[TableDemand, list[RankDemand]]:
-    """What a table needs, in all and of each rank.
+    """A table's demand, in total and per rank.
 
     Args:
         job: the plan's inputs.
@@ -269,12 +269,12 @@ def _table_demand(
             state_bytes += FLOAT_BYTES * width
     row_bytes = _gpu_bytes(weight_bytes, state_bytes, placement.cached)
     pooled = batch * fields * width
-    # Ids and lengths, of which each is one number where a row has one value of a field.
+    # Ids and lengths, one number each if a row has one value of the field.
     id_bytes = batch * fields * ID_BYTES
     holders = _holders(placement.kind, placement.rank, job.world)
     per_rank = rows if is_replicated else -(-rows // len(holders))
     exchanged = 2 * pooled * FLOAT_BYTES + IN_FLIGHT * 2 * id_bytes
-    # Pooled rows, their gradient, and ids of the local batch, as they are received.
+    # Received pooled rows, their gradient, and ids of the local batch.
     held, buffers = [0] * ranks, [exchanged // ranks] * ranks
     for turn, rank in enumerate(holders):
         mine = rows if is_replicated else max(0, min(per_rank, rows - turn * per_rank))
@@ -330,7 +330,7 @@ def _copied(
 def _state_floats(optimizer: TableOptimizer, width: int) -> int:
     """Floats per row besides its weights."""
     if optimizer.kernel is EmbeddingComputeKernel.DENSE:
-        return 3 * width  # gradient and two moments: it is Adam's kernel
+        return 3 * width  # gradient and two moments of Adam
     return {"rowwise_adagrad": 1, "adagrad": width, "lazy_adam": 2 * width, "sgd": 0}[
         optimizer.name
     ]
@@ -381,7 +381,7 @@ def _sent(
 
 
 def _all_reduced(size_bytes: int, ranks: int) -> int:
-    """What a rank sends to sum a tensor over all of them, as a ring does."""
+    """Bytes that a rank sends in a ring all-reduce."""
     return 2 * size_bytes * (ranks - 1) // ranks
 
 
@@ -391,13 +391,13 @@ def sent_bytes(
     sparse: KeyedJaggedTensor,
     float_bytes: int = FLOAT_BYTES,
 ) -> dict[str, int]:
-    """What all ranks together send for a batch, worked out from the plan and the batch's ids.
+    """Total bytes that all ranks send for a batch, computed from the plan and the batch's ids.
 
     Args:
         sharded: the model.
         world: the ranks.
-        sparse: this rank's batch; the others' are taken to be like it.
-        float_bytes: bytes in which a float of an embedding travels.
+        sparse: this rank's batch; the others' are assumed to be similar.
+        float_bytes: bytes per transmitted float of an embedding.
 
     Returns:
         ids (with the bags' lengths), embeddings, their gradients, and gradients of the over-arch.
@@ -435,7 +435,7 @@ def sent_bytes(
 
 
 def _remedies(job: Job) -> Iterator[str]:
-    """Single changes that make it fit, as the user types them."""
+    """Single settings that make it fit, as typed on the command line."""
 
     def fits(changed: Job, row_width: int | None = None) -> bool:
         changed = _row_wise(changed)

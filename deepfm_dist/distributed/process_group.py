@@ -1,4 +1,4 @@
-"""The process group: 1 to N ranks, on CPU or CUDA, started by torchrun or by hand."""
+"""The process group: one or more ranks on CPU or CUDA, with or without torchrun."""
 
 import logging
 import os
@@ -31,13 +31,13 @@ _LOST = re.compile(r"gloo|NCCL|timed? ?out|connection|broken pipe", re.IGNORECAS
 def process_group(
     device: str = "auto", timeout_s: float = 120, threads: int = 1, deterministic: bool = False
 ) -> Iterator[World]:
-    """Joins the process group that torchrun describes, or makes one of a single rank.
+    """Joins the launcher's process group, or creates one of a single rank.
 
     Args:
         device: auto, cpu or cuda.
         timeout_s: seconds after which a rank that waits for a lost one gives up.
         threads: CPU threads of this process.
-        deterministic: whether CUDA is to use only kernels that repeat themselves bit for bit.
+        deterministic: whether to use only deterministic CUDA kernels.
 
     Raises:
         EnvironmentProblem: ``device=cuda`` without a usable GPU.
@@ -45,15 +45,15 @@ def process_group(
             machines without the variable they need.
     """
     torch.set_num_threads(threads)
-    # TorchRec's tracing makes torch say, once a process, which of two functions it should call.
+    # TorchRec's tracing triggers a torch warning that users cannot act on.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     launch = read_launch()
     chosen = _device(device, launch.local_rank, launch.local_world_size)
     is_cuda = chosen.type == "cuda"
     if deterministic and is_cuda:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
     torch.use_deterministic_algorithms(deterministic and is_cuda)
-    excepthook = sys.excepthook  # torch's own, set by _join, puts the rank in front of every line
+    excepthook = sys.excepthook  # torch's, set by _join, prefixes every line with the rank
     store = dist.PrefixStore("deepfm_dist", _join(launch, chosen, timedelta(seconds=timeout_s)))
     world = _world(launch, chosen, store, timeout_s, threads)
     failed = True
@@ -82,7 +82,7 @@ def _join(launch: Launch, device: torch.device, timeout: timedelta) -> dist.Stor
     """Joins the process group, and returns its store."""
     try:
         store: dist.Store = dist.HashStore()
-        if launch.master is not None:  # something else may listen there, and never answer
+        if launch.master is not None:  # another program may listen there and never answer
             connect = partial(_store, launch, launch.master, timeout)
             patience = timeout + heartbeat.SHORT
             store = heartbeat.in_background(connect).result(patience.total_seconds())
@@ -172,7 +172,7 @@ def _fbgemm_has_cuda() -> bool:
 
 
 def _unreachable(launch: Launch, master: tuple[str, int], error: Exception) -> DeepFMError:
-    """What to say of a rank that cannot join the others."""
+    """The error for a rank that cannot join the others."""
     reason = brief(error) if str(error).strip() else "no answer"
     if launch.by_torchrun:
         return RankLost(
@@ -190,12 +190,12 @@ def _unreachable(launch: Launch, master: tuple[str, int], error: Exception) -> D
 
 
 def _wait_for(master: tuple[str, int], is_served_here: bool, timeout_s: float) -> None:
-    """Waits until a store's address can be reached: ranks may start before it, or its name.
+    """Waits until a store's address is reachable: ranks may start before the store or its DNS name.
 
-    torch would print a stack of its own.
+    torch would print a C++ stack trace.
 
     Raises:
-        OSError: the last reason why not.
+        OSError: the last failure.
     """
     deadline = time.monotonic() + timeout_s
     while True:
@@ -212,13 +212,13 @@ def _wait_for(master: tuple[str, int], is_served_here: bool, timeout_s: float) -
 
 
 def _store(launch: Launch, master: tuple[str, int], timeout: timedelta) -> dist.Store:
-    """The store that torchrun's variables point at.
+    """Connects to the store given by torchrun's variables.
 
-    torchrun's agent keeps one store over all restarts, and nothing tells the attempts apart: a
-    restarted gloo group would find the dead ranks' addresses. One agent's restart count tells
-    them apart. Several agents count differently: a failure counts where it happened, a machine that
-    comes or goes counts nowhere. With the variable each rendezvous, however it came about, has a
-    store of its own, which rank 0 holds; only torchrun's c10d rendezvous knows the variable.
+    torchrun's agent keeps one store over all restarts, so a restarted gloo group would find the
+    dead ranks' addresses. With one agent, the restart count distinguishes the attempts. Several
+    agents have different counts: a failure is counted where it happened, a machine that joins or
+    leaves nowhere. With the variable, each rendezvous gets its own store, held by rank 0; only
+    torchrun's c10d rendezvous supports it.
     """
     if launch.agents > 1 and launch.max_restarts > 0 and launch.agent_holds_store:
         raise ConfigError(

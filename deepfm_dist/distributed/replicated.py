@@ -1,4 +1,4 @@
-"""Tables of which every rank has a copy: which they are, and their optimizer."""
+"""Replicated tables and their optimizer."""
 
 from collections.abc import Mapping
 
@@ -8,19 +8,19 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ParameterSharding, ShardingType
 
 REPLICATED = "replicated"
-"""Kind of such a table; TorchRec calls it data parallel."""
+"""Kind of a replicated table; data parallel in TorchRec."""
 REPLICABLE = ("rowwise_adagrad", "adagrad", "sgd")
-"""Fused optimizers that `ReplicatedOptimizer` knows; adam is torch's on every table."""
+"""Fused optimizers that `ReplicatedOptimizer` implements; adam is torch's on every table."""
 
 
 def kind_of(table: ParameterSharding) -> str:
-    """The kind of a placed table, as the configuration calls it."""
+    """The kind of a placed table in terms of the configuration."""
     kind: str = table.sharding_type
     return REPLICATED if kind == ShardingType.DATA_PARALLEL.value else kind
 
 
 def replicated_tables(sharded: DistributedModelParallel) -> set[str]:
-    """Names of the tables of which every rank has a copy."""
+    """Names of the replicated tables."""
     [plan] = sharded.plan.plan.values()
     return {name for name, table in plan.items() if kind_of(table) == REPLICATED}
 
@@ -31,16 +31,16 @@ def table_of(parameter: str) -> str:
 
 
 class ReplicatedOptimizer(torch.optim.Optimizer):
-    """What FBGEMM's fused optimizers do, from gradients of whole tables.
+    """FBGEMM's fused optimizers, computed from gradients of whole tables.
 
-    Gradients are averaged over the ranks before, so that every copy takes the same step. Rows that
-    no rank looked up have no gradient, and stay as they are.
+    Gradients are averaged over the ranks first, so that every copy takes the same step. Rows that
+    no rank looked up have no gradient and do not change.
 
     - ``rowwise_adagrad``: ``h += mean(g^2)`` of a row, ``w -= lr / (sqrt(h) + eps) * g``
     - ``adagrad``: the same with one ``h`` per weight
     - ``sgd``: ``w -= lr * g``
 
-    The state has FBGEMM's names, so that a checkpoint does not depend on where tables lie.
+    The state has FBGEMM's names, so that checkpoints do not depend on the placement of tables.
 
     Args:
         tables: weights ``[rows, width]`` by name of the table.
@@ -51,7 +51,7 @@ class ReplicatedOptimizer(torch.optim.Optimizer):
         half: whether weights are rounded to float16 after each step.
 
     Source: `deepfm_dist.distributed.kernels.rowwise_adagrad`. ``torchrec.optim.RowWiseAdagrad``
-    keeps another state, and adds the L2 term to every row.
+    has a different state, and adds the L2 term to every row.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from deepfm_dist.storage import FolderName, LocalPath, PathOrUrl, WritablePathOr
 
 
 class RunConfig(Section):
-    """What the run is called and where it computes."""
+    """The run's name, folders, seed and device."""
 
     name: FolderName = "default"
     """Name of the run's folder under ``runs_root``."""
@@ -41,7 +41,7 @@ class RunConfig(Section):
 
     @property
     def process_group(self) -> tuple[str, float, int, bool]:
-        """Device, time-out in seconds, threads and determinism: what `world` takes."""
+        """Arguments of `deepfm_dist.distributed.process_group.process_group`."""
         return self.device, self.timeout_s, self.threads, self.deterministic
 
 
@@ -170,7 +170,7 @@ class TablePlan(Section):
 
 
 class ShardingConfig(Section):
-    """How the tables are cut over the ranks."""
+    """How the tables are divided among the ranks."""
 
     kind: Literal["auto", "table_wise", "row_wise", "table_row_wise"] = "auto"
     """auto replicates tables with no more rows than a rank looks up in a step, and lets TorchRec's
@@ -188,12 +188,12 @@ class ShardingConfig(Section):
 
     @property
     def float_bytes(self) -> int:
-        """Bytes in which a float of an embedding travels between ranks."""
+        """Bytes per float of an embedding when sent between ranks."""
         return 4 if self.communication == "fp32" else 2
 
 
 class CheckpointConfig(Section):
-    """Checkpoints: when they are saved, and which are read."""
+    """When checkpoints are saved, and which one is read."""
 
     every_epochs: int = Field(0, ge=0)
     """Epochs between two checkpoints; the last step is always saved."""
@@ -204,14 +204,16 @@ class CheckpointConfig(Section):
     well."""
     resume: Literal["auto", "always", "never"] = "auto"
     """auto continues an unfinished run, leaves a finished one as it is, and refuses other settings
-    and data under the same run.name; never moves the run that is there to ``NAME.1`` (``NAME.2``,
-    ...) and begins again; always means the same as auto. Restarted by a launcher, a run of the same
-    settings and data continues from its latest checkpoint and ignores this setting and ``use``."""
+    and data under the same run.name; never moves the existing run to ``NAME.1`` (``NAME.2``, ...)
+    and starts over; always means the same as auto. Restarted by a launcher, a run of the same
+    settings and data continues from its latest checkpoint and ignores this setting and ``use``.
+    """
     start_from: PathOrUrl | None = None
-    """Folder of another run, or of one of its checkpoints: training begins with its weights and
-    optimizer state, field by field: new fields start afresh, and others may be left out. The ids of
-    a field must be the same, or what this run's grew from (data.vocabulary_from): new rows start
-    afresh."""
+    """Folder of another run, or of one of its checkpoints: training starts from its weights and
+    optimizer state, field by field: new fields are initialised, and fields may be left out. The ids
+    of a field must be the same, or those that this run's ids extend (data.vocabulary_from): new
+    rows are initialised.
+    """
     start_weights_only: bool = False
     """Whether ``start_from`` takes only the weights, with a fresh optimizer state; for another
     optimizer or another task."""

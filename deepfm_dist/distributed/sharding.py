@@ -1,4 +1,4 @@
-"""A plan for the tables -> DistributedModelParallel, the over-arch in DDP."""
+"""Shards the tables with DistributedModelParallel and wraps the over-arch in DDP."""
 
 import logging
 import math
@@ -79,14 +79,16 @@ _WITHIN_MACHINES = ("cuda",)
 """Devices whose tables may be cut over the ranks of one machine."""
 _IN_GROUPS = ("cuda",)
 """Devices for which TorchRec makes a `DMPCollection`."""
-_INIT_ROWS = 4096  # rows drawn from one seed
+_INIT_ROWS = 4096  # rows per seed
 BATCH_SIZE = 8192
 RESERVED = 0.15
-"""Share of a GPU's memory that plans leave free: CUDA's context, NCCL, fragmentation."""
+"""Share of a GPU's memory that plans leave free for CUDA's context, NCCL and fragmentation."""
 
 REPLICATED_ROWS = 1.0
-"""By default a table is replicated if it has at most this many rows per look-up of it that a rank
-makes in a step: more, and its gradient is larger than the pooled rows that would travel instead."""
+"""By default a table is replicated if it has at most this many rows per look-up that a rank makes
+in a step: with more, its gradient is larger than the pooled rows that would be exchanged
+instead.
+"""
 _NO_ROOM = (PlannerErrorType.INSUFFICIENT_STORAGE, PlannerErrorType.STRICT_CONSTRAINTS)
 
 
@@ -116,10 +118,10 @@ class PlacedTable:
 
 
 class TableCollection(ShardedEmbeddingBagCollection):
-    """At one rank, goes straight to FBGEMM's kernel.
+    """Calls FBGEMM's kernel directly at one rank.
 
-    TorchRec's exchanges and wrappers, which do nothing there, would cost a small model a quarter of
-    its step.
+    TorchRec's exchanges and wrappers, which are no-ops there, would take a quarter of a small
+    model's step.
     """
 
     @property
@@ -131,21 +133,21 @@ class TableCollection(ShardedEmbeddingBagCollection):
     def fused_kernels(self) -> list[SplitTableBatchedEmbeddingBagsCodegen]:
         """FBGEMM's kernels of fused tables.
 
-        ``modules()`` has none of them: the look-ups lie in a plain list.
+        ``modules()`` does not include them: the look-ups are in a plain list.
         """
         modules = (m for lookup in self._lookups for m in lookup.modules())
         return [m for m in modules if isinstance(m, SplitTableBatchedEmbeddingBagsCodegen)]
 
     @property
     def replicated(self) -> frozenset[str]:
-        """Tables of which every rank has a copy."""
+        """The replicated tables."""
         plan = self.module_sharding_plan.items()
         return frozenset(name for name, table in plan if kind_of(table) == REPLICATED)
 
     def init_data_parallel(self) -> None:
-        """Leaves the gradients of replicated tables to the DDP that wraps the model.
+        """Lets the model's DDP average the gradients of replicated tables.
 
-        TorchRec would give each look-up a DDP of its own, and so one more all-reduce.
+        TorchRec would wrap each look-up in its own DDP, which adds an all-reduce.
         """
         for lookup in self._replicas():
             lookup.__dict__["module"] = lookup  # TorchRec unwraps it
@@ -166,7 +168,7 @@ class TableCollection(ShardedEmbeddingBagCollection):
             del self.replicas
 
     def forward(self, features: KeyedJaggedTensor) -> Any:
-        """Looks up and pools; `KeyedTensor`, or what gives one when waited for."""
+        """Looks up and pools; returns a `KeyedTensor` or an awaitable of one."""
         pooled = self._pooled(features)
         if not torch.is_grad_enabled():
             unlock_cached_rows(self)
@@ -174,7 +176,7 @@ class TableCollection(ShardedEmbeddingBagCollection):
 
     def _pooled(self, features: KeyedJaggedTensor) -> Any:
         alone = self._env.world_size == 1 and len(self._lookups) == 1
-        if not alone or self._has_uninitialized_input_dist:  # the first call makes the exchanges
+        if not alone or self._has_uninitialized_input_dist:  # the first call creates the exchanges
             return super().forward(features)
         if self._has_features_permute:
             features = features.permute(self._features_order, self._features_order_tensor)
@@ -188,10 +190,10 @@ class TableCollection(ShardedEmbeddingBagCollection):
 
 
 class _DataParallelWrapper(DefaultDataParallelWrapper):
-    """One DDP, and in it one bucket, for the over-arch and the replicated tables."""
+    """One DDP with a single bucket for the over-arch and the replicated tables."""
 
     def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
-        """Wraps everything but the tables that are cut or lie on one rank."""
+        """Wraps everything but sharded tables."""
         with table_collection(dmp).replicas_as_submodules():
             super().wrap(dmp, env, device)
             wrapped = dmp._dmp_wrapped_module
@@ -200,13 +202,13 @@ class _DataParallelWrapper(DefaultDataParallelWrapper):
 
 
 def _lay_out_buckets(wrapped: DistributedDataParallel) -> None:
-    """Lets DDP order its buckets now, by a backward pass whose gradients are zero. All ranks.
+    """Makes DDP lay out its buckets now, with a backward pass of zero gradients. All ranks.
 
-    It would do so after the first step. The order in which four ranks are summed changes with the
-    buckets, and the first step of a resumed run would differ from that of the run it resumes.
+    Otherwise it does so after the first step. The order in which ranks are summed depends on the
+    buckets, so the first step after a resume would differ from an uninterrupted run.
     """
     learned, _ = wrapped._build_params_for_reducer()
-    if not learned or wrapped.find_unused_parameters:  # then they stay as they are
+    if not learned or wrapped.find_unused_parameters:  # then buckets do not change
         return
     wrapped.reducer.prepare_for_forward()
     wrapped.reducer.prepare_for_backward([])
@@ -229,10 +231,10 @@ def fused_kernels(model: nn.Module) -> list[SplitTableBatchedEmbeddingBagsCodege
 
 
 def unlock_cached_rows(model: nn.Module) -> None:
-    """Lets cached tables replace the rows of a look-up that no backward pass will follow.
+    """Unlocks the cached rows of a look-up without a backward pass.
 
     FBGEMM locks a batch's rows in the cache when they are fetched, and unlocks them in the backward
-    pass. Without one, as in validation or after a loss that is not finite, they would stay.
+    pass. Without one, as in validation or after a non-finite loss, they would stay locked.
     """
     for kernel in fused_kernels(model):
         if kernel.prefetch_pipeline:
@@ -242,9 +244,9 @@ def unlock_cached_rows(model: nn.Module) -> None:
 
 
 def set_table_steps(model: nn.Module, step: int) -> None:
-    """Tells fused optimizers how many steps they have taken, for their bias corrections.
+    """Sets the step count of fused optimizers, for bias correction.
 
-    FBGEMM counts look-ups instead, those of validation too, and begins at 0 after a start.
+    FBGEMM counts look-ups instead, including validation, and starts at 0 in each process.
     """
     for kernel in fused_kernels(model):
         kernel.iter.fill_(step)
@@ -252,7 +254,7 @@ def set_table_steps(model: nn.Module, step: int) -> None:
 
 
 class _Sharder(EmbeddingBagCollectionSharder):
-    """Makes `TableCollection`; on CPU the stock one also hides cuts by rows from planners."""
+    """Creates `TableCollection`; on CPU the stock sharder hides row-wise sharding."""
 
     def shard(
         self,
@@ -285,27 +287,27 @@ def shard(
     batch_size: int = BATCH_SIZE,
     some_unused: bool = False,
 ) -> tuple[DistributedModelParallel, list[PlacedTable]]:
-    """Cuts the tables over the ranks and wraps the rest in DDP. All ranks.
+    """Shards the tables over the ranks and wraps the rest in DDP. All ranks.
 
     Args:
         module: holds one EmbeddingBagCollection, on the meta device.
         world: the ranks.
-        config: where tables lie; one that is too small to give every rank a row is never cut
-            unless it is named.
-        optimizer: of the tables, attached to them; None: they are only read.
-        batch_size: rows per step over all ranks, by which the planner judges.
+        config: placement of tables; a table with fewer rows than ranks is not sharded by rows
+            unless configured explicitly.
+        optimizer: of the tables, attached to them; None: inference only.
+        batch_size: rows per step over all ranks, for the planner.
         some_unused: whether some weights may get no gradient in a step; DDP then looks for them.
 
     Returns:
-        The sharded module and its plan, a line per table.
+        The sharded module and its plan, one line per table.
 
     Raises:
-        ConfigError: a placement names an unknown table or a rank that is not there, or cuts a
-            table that is too small, or caches one where that cannot be.
+        ConfigError: a placement names an unknown table or rank, shards a table that is too small,
+            or caches one where that is impossible.
         DoesNotFit: the tables do not fit.
     """
     path, ebc = _collection(module)
-    # An id that is out of range is a bug to stop at, never a look-up of another row.
+    # An id out of range must raise, not look up another row.
     sharder = _Sharder(
         fused_params={
             "bounds_check_mode": BoundsCheckMode.FATAL,
@@ -325,7 +327,7 @@ def shard(
     module_plan = _module_plan(ebc, placed, kernel, sharder, group)
     sharded = _distribute(module, world, group, ShardingPlan({path: module_plan}), sharder, wrapper)
     if world.world_size == 1:
-        # TorchRec moves what it does not shard as part of the DDP wrapper, which is not made here.
+        # TorchRec moves unsharded modules in its DDP wrapper, which is not used here.
         sharded.module.to(world.device)
     return sharded, placed_tables(sharded)
 
@@ -343,7 +345,7 @@ def _distribute(
         "device": world.device,
         "plan": plan,
         "sharders": [sharder],
-        # One rank has no other to average gradients with; DDP would cost a small model a fifth.
+        # A single rank needs no DDP, which would take a fifth of a small model's step.
         "init_data_parallel": world.world_size > 1,
         "data_parallel_wrapper": wrapper,
     }
@@ -473,7 +475,7 @@ def _module_plan(
     sharder: _Sharder,
     world: World,
 ) -> EmbeddingModuleShardingPlan:
-    """TorchRec's form of a placement."""
+    """A placement in TorchRec's format."""
     plan: dict[str, ParameterShardingGenerator] = {}
     for name, placement in placed.items():
         if placement.kind == REPLICATED:
@@ -501,12 +503,12 @@ def _module_plan(
 
 
 def _set_machine_size(world: World) -> None:
-    """TorchRec asks the environment for the size of a machine; without an answer it takes 8."""
+    """TorchRec reads the size of a machine from the environment and assumes 8 otherwise."""
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(world.local_world_size))
 
 
 def _keep_in_fp32(ebc: EmbeddingBagCollection, table: str) -> None:
-    """Gradients have their table's precision, and are summed over look-ups and ranks."""
+    """Gradients have their table's precision, but are summed over look-ups and ranks."""
     for config in ebc.embedding_bag_configs():
         if config.name == table:
             config.data_type = DataType.FP32
@@ -514,7 +516,7 @@ def _keep_in_fp32(ebc: EmbeddingBagCollection, table: str) -> None:
 
 
 def placed_tables(sharded: DistributedModelParallel) -> list[PlacedTable]:
-    """The plan a model was sharded by, a line per table."""
+    """The plan of a sharded model, one line per table."""
     [module_plan] = sharded.plan.plan.values()
     lines = []
     for config in table_collection(sharded).tables:
@@ -538,14 +540,14 @@ def place(
     hbm_bytes: int,
     replicable: bool = True,
 ) -> dict[str, TablePlan]:
-    """Decides where each table lies. All ranks, or none: the ranks may be hypothetical.
+    """Decides where to place each table. All ranks, or none: the ranks may be hypothetical.
 
     Args:
         module: holds one EmbeddingBagCollection, on the meta device.
         world: the ranks; may be a plan for ranks without a process group.
-        config: where tables are asked to lie.
+        config: configured placement.
         batch_size: rows per step over all ranks.
-        hbm_bytes: memory of a GPU; not asked for on CPU.
+        hbm_bytes: memory of a GPU; ignored on CPU.
         replicable: whether the tables' optimizer can update copies of them.
 
     Returns:
@@ -553,8 +555,8 @@ def place(
         rank of its machine. One rank replicates nothing, and one machine cuts all tables row_wise.
 
     Raises:
-        ConfigError: a placement names an unknown table or a rank that is not there, or cuts a
-            table that is too small, or cuts it within a machine where that cannot be.
+        ConfigError: a placement names an unknown table or rank, shards a table that is too small,
+            or shards it within a machine where that is impossible.
         DoesNotFit: the tables do not fit.
     """
     _, ebc = _collection(module)
@@ -587,7 +589,7 @@ def place(
 
 
 def _with_rank(placement: TablePlan, turn: int, world: World) -> TablePlan:
-    """What `place` returns of a placement; ranks and machines left open take turns."""
+    """A placement with its rank; unspecified ranks and machines are assigned in turn."""
     kind, size, local = placement.kind, world.world_size, world.local_world_size
     if kind == ROW_WISE or (kind == REPLICATED and size > 1):
         return placement
@@ -604,7 +606,7 @@ def _check_placements(
     world: World,
     replicable: bool,
 ) -> None:
-    """Raises a ConfigError for a placement that cannot be, as `place` says."""
+    """Raises a ConfigError for an impossible placement; see `place`."""
     for setting, kind in _kinds_by_setting(config).items():
         if kind == TABLE_ROW_WISE and world.device.type not in _WITHIN_MACHINES:
             raise ConfigError(
@@ -673,10 +675,10 @@ def _replicated_if_small(
 def check_placements(
     config: ShardingConfig, kernel: EmbeddingComputeKernel, device: torch.device
 ) -> None:
-    """Refuses what the kernel or the device cannot do.
+    """Refuses placements that the kernel or the device does not support.
 
     Raises:
-        ConfigError: a table is to be cached where that cannot be.
+        ConfigError: a table cannot be cached.
     """
     for name, placement in config.tables.items():
         _kernel_of(name, placement, kernel, device)
@@ -685,12 +687,12 @@ def check_placements(
 def _kernel_of(
     table: str, placement: TablePlan, kernel: EmbeddingComputeKernel, device: torch.device
 ) -> EmbeddingComputeKernel:
-    """The kernel of a table, given that of all.
+    """The kernel of a table, given the default one.
 
-    Replicated tables need gradients of all rows, which only the dense kernel gives.
+    Replicated tables need gradients of all rows, which only the dense kernel computes.
 
     Raises:
-        ConfigError: it is to be cached, which this kernel or device cannot.
+        ConfigError: this kernel or device does not support caching.
     """
     if placement.kind == REPLICATED:
         return EmbeddingComputeKernel.DENSE
@@ -725,7 +727,7 @@ def _codecs(communication: str, world: World) -> dict[str, Any] | None:
     if communication == "bf16" and world.device.type == "cpu":
         raise ConfigError("sharding.communication=bf16: gloo would send fp16; use fp16")
     kind = CommType(communication)
-    # Gradients smaller than fp16 knows become 0 unless they travel scaled.
+    # Scaled, since small gradients underflow in fp16.
     scale = 128.0 if kind == CommType.FP16 else None
     codecs: dict[str, Any] = get_qcomm_codecs_registry(
         QCommsConfig(forward_precision=kind, backward_precision=kind, backward_loss_scale=scale),
@@ -735,13 +737,13 @@ def _codecs(communication: str, world: World) -> dict[str, Any] | None:
 
 
 def _can_be_cut(table: EmbeddingBagConfig, ranks: int) -> bool:
-    """Whether each of some ranks gets a row: FBGEMM's fused kernels fail on an empty piece."""
+    """Whether each rank would get a row: FBGEMM's fused kernels fail on an empty piece."""
     per_rank = -(-table.num_embeddings // ranks)
     return per_rank * (ranks - 1) < table.num_embeddings
 
 
 def _only(ebc: EmbeddingBagCollection, names: Collection[str]) -> EmbeddingBagCollection:
-    """A collection of some tables of another one, with its weights."""
+    """A collection of selected tables of another one, sharing its weights."""
     configs = [config for config in ebc.embedding_bag_configs() if config.name in names]
     collection = EmbeddingBagCollection(configs, device=torch.device("meta"))
     for name in names:
@@ -757,13 +759,13 @@ def _plan(
     hbm_bytes: int,
     grouped: bool,
 ) -> dict[str, TablePlan]:
-    """Asks TorchRec's planner about the tables left to it; it agrees on all ranks."""
+    """Runs TorchRec's planner on the remaining tables; all ranks get the same plan."""
     topology = Topology(
         world_size=world.world_size,
         local_world_size=world.local_world_size,
         compute_device=world.device.type,
         hbm_cap=hbm_bytes,
-        # Of machines that are imagined nothing is known; TorchRec takes 128 GiB a rank.
+        # The host memory of hypothetical machines is unknown; TorchRec assumes 128 GiB per rank.
         ddr_cap=memory_bytes() // world.local_world_size if dist.is_initialized() else None,
     )
     kinds = ["table_wise", ROW_WISE]
@@ -773,7 +775,7 @@ def _plan(
     constraints = {
         name: ParameterConstraints(
             sharding_types=kinds if p.kind == "auto" else [p.kind],
-            # The planner knows fused kernels only; dense or fused changes no placement.
+            # The planner only knows fused kernels; that does not affect placement.
             compute_kernels=[
                 (
                     EmbeddingComputeKernel.FUSED
@@ -809,7 +811,7 @@ def _plan(
 
 
 def _as_planned(placement: TablePlan, planned: ParameterSharding) -> TablePlan:
-    """A placement with what the planner decided where the placement leaves it open."""
+    """A placement completed with the planner's decisions."""
     rank = planned.ranks[0] if planned.sharding_type != ROW_WISE and planned.ranks else None
     if placement.kind == "auto":
         return placement.model_copy(update={"kind": planned.sharding_type, "rank": rank})
@@ -824,15 +826,15 @@ def init_tables(
     seed: int,
     threads: int = 1,
 ) -> None:
-    """Fills the tables from N(0, init_std^2); a row's values depend on seed, table and row only.
+    """Initialises the tables from N(0, init_std^2); values depend on seed, table and row only.
 
     Args:
         sharded: the sharded model.
-        used_width: leading columns that are used; the rest is padding and stays 0.
+        used_width: number of used leading columns; the padding stays 0.
         init_std: standard deviation.
         seed: of all tables.
-        threads: that draw blocks of rows; they change no value. One draws 0.3 billion numbers a
-            second, and the other ranks wait no longer than ``run.timeout_s``.
+        threads: number of threads; results do not depend on it. One draws 0.3 billion numbers per
+            second, and other ranks wait for at most ``run.timeout_s``.
     """
 
     def drawn(name: str, block: int) -> Tensor:
@@ -844,7 +846,7 @@ def init_tables(
             shard_tensor.zero_()
             width = columns.stop - columns.start
             blocks = range(rows.start // _INIT_ROWS, -(-rows.stop // _INIT_ROWS))
-            at_a_time = 4 * threads  # else all of them would soon be in memory
+            at_a_time = 4 * threads  # otherwise all blocks would soon be in memory
             for at in range(0, len(blocks), at_a_time):
                 some = blocks[at : at + at_a_time]
                 for block, values in zip(some, pool.map(partial(drawn, name), some), strict=True):
@@ -873,7 +875,7 @@ def fill_tables(sharded: DistributedModelParallel, values: Mapping[str, Tensor])
 
 @torch.no_grad()
 def mark_rows(sharded: DistributedModelParallel) -> None:
-    """Makes every row of every table NaN, so that `fill_marked_rows` finds those left unset."""
+    """Sets all table rows to NaN, so that `fill_marked_rows` finds those left unset."""
     for *_, piece in local_shards(sharded):
         piece.fill_(math.nan)
 
@@ -882,12 +884,12 @@ def mark_rows(sharded: DistributedModelParallel) -> None:
 def fill_marked_rows(
     sharded: DistributedModelParallel, world: World, zeroed: Collection[str]
 ) -> None:
-    """Gives rows that are still NaN their table's row 0, that of the unknown id. All ranks.
+    """Fills rows that are still NaN with their table's row 0, that of the unknown id. All ranks.
 
     Args:
         sharded: the model.
         world: the ranks.
-        zeroed: tables whose rows get zeros instead.
+        zeroed: tables to fill with zeros instead.
     """
     pieces = local_shards(sharded)
     first_rows = {
@@ -917,7 +919,7 @@ def local_shards(
             pieces.append((table, slice(0, n_rows), slice(0, width), value))
             continue
         local: Any = value.to_local()
-        # A rank without a piece of the table still lists an offset.
+        # A rank without a piece of the table still has an offset.
         for piece, (row, column) in zip(local.local_shards(), local.local_offsets(), strict=False):
             pieces.append(
                 (

@@ -1,8 +1,8 @@
-"""The model in a checkpoint, read a slice of a table at a time.
+"""Reads the model in a checkpoint in slices of tables.
 
-torch.distributed.checkpoint reads whole shards, and the checkpoint of one rank holds each table in
-one. Here a shard is opened on the meta device to learn where its elements lie in the file, and its
-rows are read from there.
+torch.distributed.checkpoint reads whole shards, and in the checkpoint of one rank each table is one
+shard. Here a shard is opened on the meta device to find its elements in the file, and its rows are
+read directly.
 """
 
 import pickle
@@ -34,14 +34,14 @@ class StoredWeight:
     """A tensor of a checkpoint's model.
 
     Attributes:
-        name: ``tables.<table>``, or as `InteractionArch` names it.
+        name: ``tables.<table>``, or the name in `InteractionArch`.
         key: in the checkpoint.
         shape: without the padding of a table's rows.
         dtype: of its elements.
         n_rows: its first dimension; 1 for a scalar.
         row_bytes: bytes of one row as stored.
-        kept_bytes: leading bytes of a row that are no padding.
-        chunks: the shards it is stored in.
+        kept_bytes: bytes of a row without padding.
+        chunks: its shards.
     """
 
     name: str
@@ -78,7 +78,7 @@ class StoredModel:
         """The model's tensors, tables first.
 
         Args:
-            table_columns: leading columns of the tables that are used; the rest is padding.
+            table_columns: number of used leading columns of the tables, without padding.
 
         Raises:
             CheckpointError: shards are missing.

@@ -1,4 +1,4 @@
-"""The ranks that work together, and what they exchange."""
+"""The ranks of a run and their communication."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -24,7 +24,7 @@ class World:
         rank: this process, from 0.
         world_size: number of processes.
         local_world_size: processes on this machine.
-        spare_threads: this rank's share of the machine's cores, less those it computes with.
+        spare_threads: this rank's share of the machine's cores, minus its compute threads.
         device: where this rank computes.
         store: shared key-value store.
         timeout_s: seconds after which a rank that waits for a lost one gives up.
@@ -44,11 +44,11 @@ class World:
     local_rank: int = 0
 
     def waiting(self) -> AbstractContextManager[None]:
-        """To be entered while the host waits for the device, and with it for all ranks."""
+        """Context to enter while the host waits for the device, and so for all ranks."""
         return nullcontext() if self.watch is None else self.watch.waiting()
 
     def to_host(self, tensor: Tensor) -> Tensor:
-        """A tensor on the CPU, once the device, and with it all ranks, have come so far."""
+        """Copies a tensor to the CPU, waiting for the device and so for all ranks."""
         with self.waiting():
             return tensor.cpu()
 
@@ -64,9 +64,9 @@ class World:
         return tensor
 
     def differentiable_gather(self, tensor: Tensor) -> Tensor:
-        """Joins the ranks' tensors of one shape by rank, ``[n, ...]`` -> ``[ranks * n, ...]``.
+        """Concatenates equally shaped tensors by rank, ``[n, ...]`` -> ``[ranks * n, ...]``.
 
-        Gradients go back to where the rows came from, summed over the ranks. All ranks.
+        Gradients flow back to the rows' ranks, summed over the ranks. All ranks.
         """
         if self.world_size == 1:
             return tensor
@@ -76,7 +76,7 @@ class World:
         return joined
 
     def all_gather_tensor(self, tensor: Tensor) -> Tensor:
-        """Joins the ranks' tensors of one shape by rank, on this one's device. All ranks.
+        """Concatenates equally shaped tensors by rank, on this rank's device. All ranks.
 
         ``[n, ...]`` -> ``[ranks * n, ...]``, without gradients.
         """
@@ -88,7 +88,7 @@ class World:
         return torch.cat(parts)
 
     def all_to_all(self, tensor: Tensor) -> Tensor:
-        """Sends each rank a stretch of rows, and joins by rank what was sent here. All ranks.
+        """Sends each rank a range of rows, and concatenates the received ones by rank. All ranks.
 
         Args:
             tensor: ``[ranks * n, ...]`` on the device.
@@ -105,7 +105,7 @@ class World:
     def seed(self, seed: int) -> None:
         """Seeds this rank's random number generators.
 
-        `torch.manual_seed` would format a stack trace for each type of device that is missing.
+        `torch.manual_seed` would format a stack trace for each missing type of device.
         """
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
@@ -195,12 +195,12 @@ class World:
         """Rank 0 holds a lock while all ranks are inside; see `run_on_rank0`. All ranks.
 
         Args:
-            lock: what rank 0 acquires.
-            wait_s: how long it waits for another holder.
+            lock: the lock.
+            wait_s: seconds to wait for another holder.
 
         Raises:
-            InUse: on rank 0, when another process holds it.
-            SystemExit: on the other ranks, then.
+            InUse: on rank 0, if another process holds it.
+            SystemExit: on the other ranks in that case.
         """
         self.run_on_rank0(str(lock.path), lambda: lock.acquire(wait_s))
         try:
@@ -212,7 +212,7 @@ class World:
 # torch.distributed.nn.functional gives the same values and gradients, but has deprecated this in
 # favour of a private module.
 class _Gather(torch.autograd.Function):
-    """An all-gather whose gradient adds up what each rank's loss says of this rank's input."""
+    """An all-gather whose gradient sums the gradients of all ranks' losses."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:

@@ -19,8 +19,10 @@ def hits(ranked: Int64Array, relevant: Jagged) -> npt.NDArray[np.bool_]:
 
     Args:
         ranked: ``[U, K]`` items, best first; negative ones are empty slots.
-        relevant: each user's
-        relevant items. Returns: ``[U, K]``.
+        relevant: each user's relevant items.
+
+    Returns:
+        ``[U, K]`` bool.
     """
     shown, wanted = _pairs(ranked, relevant)
     return np.isin(shown, wanted) & (ranked >= 0)

@@ -84,7 +84,8 @@ class ResumableOutput:
         in_parts: whether ``target`` is the folder of the parts.
 
     Attributes:
-        missing: chunks left to do; reused: number of existing parts.
+        missing: chunks left to do;
+        reused: number of existing parts.
 
     Raises:
         ConfigError: the folder holds other files, or parts of something else.

@@ -253,8 +253,8 @@ class Recommender:
 
         Raises:
             Unknown: a user or an item is unknown.
-            Unsupported: the model has no field of a user's items, or none of attributes. Invalid:
-                no user is described, or a field or value is unknown.
+            Unsupported: the model has no field of a user's items, or none of attributes.
+            Invalid: no user is described, or a field or value is unknown.
         """
         if user is None:
             self._check_described(items, attributes)

@@ -61,7 +61,8 @@ class TrainingBatches:
         source: the training rows.
         collate: makes batches of them.
         negatives: the sampler; None if rows are labelled.
-        id_dropout: replaces ids. first: position of this rank's first row in a global batch.
+        id_dropout: replaces ids.
+        first: position of this rank's first row in a global batch.
 
     Raises:
         ConfigError: the batch is too small to give every rank a row, or histories are time-ordered.

@@ -333,8 +333,9 @@ class ThreadReader:
     """Reads one thread's share of the files. All threads.
 
     Attributes:
-        coder: this thread's coded rows. side_files: fields in separate files; read by the first
-            thread only. time_scale: factor that makes the times of all threads integers.
+        coder: this thread's coded rows.
+        side_files: fields in separate files; read by the first thread only.
+        time_scale: factor that makes the times of all threads integers.
 
     Raises:
         DataError: an input cannot be read or leaves no row.

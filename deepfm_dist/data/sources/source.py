@@ -86,11 +86,12 @@ class Source:
         may_skip: whether `data.on_bad_row` applies to its bad rows.
 
     Attributes:
-        packing: its compression, a value of `PACKED`; None for a plain file. is_prepared: whether
-            it is read for preparation, so that settings of fields can change. or_skip: an
-            alternative to fixing a bad row; may be empty. failures: errors that reading may raise;
-            a remote file system may raise anything. partitions: values by column from folders of
-            the path, as in ``dt=2024-01-01``; None for a missing value.
+        packing: its compression, a value of `PACKED`; None for a plain file.
+        is_prepared: whether it is read for preparation, so that settings of fields can change.
+        or_skip: an alternative to fixing a bad row; may be empty.
+        failures: errors that reading may raise; a remote file system may raise anything.
+        partitions: values by column from folders of the path, as in ``dt=2024-01-01``; None for
+            a missing value.
     """
 
     def __init__(self, path: str, name: str = "", may_skip: bool = False) -> None:

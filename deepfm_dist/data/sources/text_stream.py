@@ -48,8 +48,8 @@ class Quotes:
         escape: character that escapes the next one; or None.
 
     Attributes:
-        most_lines: maximum number of line ends in a cell. most_lines_at: bytes before the opening
-            quote of that cell.
+        most_lines: maximum number of line ends in a cell.
+        most_lines_at: bytes before the opening quote of that cell.
     """
 
     def __init__(self, delimiter: str, escape: str | None = None) -> None:
