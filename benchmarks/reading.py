@@ -1,4 +1,4 @@
-"""What reading costs beside a training step: 30-20-10, 8,192 rows a step, one process.
+"""The cost of reading next to that of a training step: 30-20-10, 8,192 rows a step, one process.
 
 Batches of the generated notebook world, with 4 fresh negatives for each positive and the item's
 genres gathered, are read alone; the same step is trained alone, on batches made before; and both

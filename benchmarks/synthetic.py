@@ -310,7 +310,7 @@ def write(
 ) -> Generated:
     """Draw a population and write it in the layout of the AI Stages movie data.
 
-    The files are finished in a temporary folder beside `folder` and then renamed into it, so a
+    The files are finished in a temporary folder next to `folder` and then renamed into it, so a
     reader never meets half a file. Files of the same names are replaced; others are left alone.
 
     Args:

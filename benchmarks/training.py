@@ -1,4 +1,4 @@
-"""Training speed, reading and negatives included, beside plain PyTorch, TorchRec and rivals.
+"""Training speed, including reading and negatives, next to plain PyTorch, TorchRec and rivals.
 
     benchmarks/rivals/build.sh
     python benchmarks/training.py --batch-size 8192 --layers 30-20-10 --threads 1
@@ -101,7 +101,7 @@ class Data:
         return len(self.user) * (1 + NEGATIVES)
 
     def epoch(self, rng: np.random.Generator) -> Rows:
-        """Fields ``[n, 3]`` and labels ``[n]``, negatives drawn anew, in a random order."""
+        """Fields ``[n, 3]`` and labels ``[n]``, freshly drawn negatives, in a random order."""
         user = np.repeat(self.user, 1 + NEGATIVES).astype(np.int64)
         item = np.repeat(self.item, 1 + NEGATIVES).astype(np.int64)
         label = np.zeros(len(user), np.float32)

@@ -29,7 +29,7 @@ def train(
     env: Optional[Dict[str, str]] = None,
     mounts: Optional[List[str]] = None,
 ) -> specs.AppDef:
-    """Trains a DeepFM; started again, it goes on after its last checkpoint.
+    """Trains a DeepFM; restarted, it resumes from its last checkpoint.
 
     Args:
         args: arguments of deepfm_dist.train: --config FILE section.field=value ...

@@ -1,4 +1,4 @@
-"""Several FMs, and EASE in closed form, as the factor columns of one wider FM."""
+"""Combines several FMs and EASE as factor columns of one wider FM."""
 
 from collections.abc import Mapping
 
@@ -27,14 +27,14 @@ def add_tables(
     at: int,
     share: float,
 ) -> None:
-    """Adds a model's tables to those of a wider one, whose logits get ``share`` times its own.
+    """Adds a model's tables to those of a wider one, which adds ``share`` times its logits.
 
     Args:
         source: a model.
-        target: the same tables in the same places, with more columns.
+        target: a model with the same placement of tables and more columns.
         dims: D of the source and of the target.
-        at: column of the target's factors that the source's first one becomes.
-        share: of the logits; a pair of factors is a product, so each gets its square root.
+        at: first target column for the source's factors.
+        share: of the logits; factors enter as products, so each is scaled by its square root.
     """
     dim, width = dims
     for (*_, narrow), (*_, wide) in zip(local_shards(source), local_shards(target), strict=True):
@@ -44,7 +44,7 @@ def add_tables(
 
 @torch.no_grad()
 def add_dense(source: InteractionArch, target: InteractionArch, at: int, share: float) -> None:
-    """Adds what a model without an over-arch has above the tables, as `add_tables` does.
+    """Adds a model's parameters above the tables, like `add_tables`; it must not have an over-arch.
 
     Args:
         source: the model's part above the tables.
@@ -72,15 +72,14 @@ def put_columns(target: DistributedModelParallel, at: int, values: Mapping[str, 
 def ease_tables(
     dataset: PreparedDataset, columns: int, l2: float, weight: float, field_weight: float = 0.0
 ) -> dict[str, Tensor]:
-    """EASE, fitted on the training positives, as columns of two tables.
+    """Fits EASE on the training positives; returns it as columns of two tables.
 
     Args:
         dataset: the prepared dataset.
-        columns: how many.
-        l2: EASE's.
+        columns: number of columns.
+        l2: of EASE.
         weight: of its scores.
-        field_weight: as how many users each value of an item's field counts, who have all of its
-            items.
+        field_weight: each value of an item's field counts as this many users with all of its items.
 
     Returns:
         ``[rows, columns]`` by table, whose products are ``weight`` times EASE's scores, up to the
@@ -101,21 +100,21 @@ def ease_tables(
     first, second = ease_factors(
         Ease(l2), distinct(dataset.training_history), n_items, columns, groups, field_weight
     )
-    if dataset.manifest.cold:  # an unknown item is the average one, and not below all others
+    if dataset.manifest.cold:  # an unknown item is average, not below all others
         second[0] = second[1:].mean(0)
     history, item = fields
     return {history.table_name: weight * first, item.table_name: second}
 
 
 def groups_of_items(dataset: PreparedDataset) -> Jagged | None:
-    """For each value of each of the items' fields, the items that have it; None: no fields."""
+    """The items with each value of each item field; None without fields."""
     item_columns = [f for f in dataset.manifest.categorical if f.entity == "item" and not f.is_id]
     groups = [_items_by_value(dataset.entity_fields[f.name]) for f in item_columns]
     return Jagged.concatenated(groups) if groups else None
 
 
 def _items_by_value(values: Values) -> Jagged:
-    """For each value of an item's field but the unknown one, the items that have it."""
+    """The items with each known value of an item field."""
     items = np.arange(len(values))
     if isinstance(values, Jagged):
         items, values = np.repeat(items, values.lengths), values.values
@@ -133,21 +132,21 @@ def ease_factors(
     groups: Jagged | None = None,
     group_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Two vectors an item that give nearly its scores.
+    """Two vectors per item that approximate EASE's scores.
 
-    Of all rankings whose scores are ``<sum of the user's items' first vectors, second
-    vector>``, this one's are nearest to EASE's for the training users, in squares: with B the
-    item-item matrix and V the leading right singular vectors of XB, they are BV and V. Cut in
-    this way EASE ranks unseen items better than it does whole, where users are few.
+    Of all rankings whose scores are ``<sum of the user's items' first vectors, second vector>``,
+    this one's are nearest to EASE's for the training users, in squares: with B the item-item matrix
+    and V the leading right singular vectors of XB, they are BV and V. With few users, EASE
+    truncated this way ranks unseen items better than complete EASE.
 
     Args:
-        ease: whose scores they give.
-        train: each user's training items, numbers below ``n_items``, each once.
+        ease: to approximate.
+        train: each user's distinct training items, numbers below ``n_items``.
         n_items: I.
         n_factors: length of a vector.
-        groups: items that have something in common, such as a genre; each group counts as
-            ``group_weight`` users who have all of its items.
-        group_weight: see there.
+        groups: items that share a property, such as a genre; each group counts as ``group_weight``
+            users with all of its items.
+        group_weight: see ``groups``.
 
     Returns:
         ``[I, n_factors]`` float32 each; what exceeds the items is 0.

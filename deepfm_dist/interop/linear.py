@@ -1,9 +1,9 @@
-"""The closed-form part of a model that ranks: EASE as further columns of its FM, fitted to it.
+"""EASE as additional columns of a trained FM, tuned to complement it.
 
-What is trained and EASE know different things, and in one FM their scores add up. How strong EASE's
-L2 is, what the items' fields say, how many columns are kept and what EASE's scores weigh next to
-the trained ones is measured on held-out items (`search`). Where these do not show that training
-helps, EASE alone is used.
+The trained part and EASE complement each other, and in one FM their scores add up. EASE's L2, the
+weight of the items' fields, the number of columns and EASE's weight relative to the trained part
+are chosen on held-out items (`search`). If these do not show that training helps, EASE alone is
+used.
 """
 
 import logging
@@ -27,30 +27,33 @@ Float64Array = npt.NDArray[np.float64]
 L2 = (20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0)
 FIELD_WEIGHTS = (0.0, 2.0, 6.0, 20.0, 60.0)
 SHARES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""Spread of EASE's weighted scores over that of the trained logits: at the last, EASE decides."""
+"""Candidate ratios of the spread of EASE's weighted scores to that of the trained logits; at the
+last, EASE decides.
+"""
 COLUMNS = (64, 128, 256, 512)
 SEARCHED_ITEMS = 4_000
-"""Items among which the search ranks, the most popular ones: it fits EASE some ten times, and the
-time of each grows with the cube of the items."""
+"""Number of most popular items that the search uses: it fits EASE about ten times, each cubic in
+the number of items.
+"""
 CLEARLY_BETTER = 2.5
-"""Standard errors by which the model has to rank better than EASE alone to be used instead. Two
-would do for one comparison; the model is the best of dozens."""
+"""Number of standard errors by which the model must beat EASE alone. Two would suffice for one
+comparison; the model is the best of dozens.
+"""
 _OVERSAMPLED = 24
 _PASSES = 4
 
 
 @dataclass(frozen=True)
 class Linear:
-    """How EASE is fitted and weighed.
+    """Settings of EASE and its weight.
 
     Attributes:
-        l2: its weight decay.
-        field_weight: each value of an item's field counts as this many users who have all of its
-            items.
+        l2: L2 regularisation.
+        field_weight: each value of an item's field counts as this many users with all of its items.
         columns: of the FM.
-        weight: of its scores next to the trained part's logits; 0 leaves EASE out.
+        weight: of its scores relative to the trained part's logits; 0 omits EASE.
         trained: share of the trained part's logits: 1, or 0 for EASE alone.
-        ndcg: of both together on the validation users.
+        ndcg: of the combination on the validation users.
         ndcg_trained: of the trained part alone.
         ndcg_ease: of EASE alone.
     """
@@ -67,16 +70,16 @@ class Linear:
 
 @dataclass(frozen=True)
 class Validation:
-    """Users whose held-out items are to be ranked high.
+    """Users to measure rankings on.
 
     Attributes:
-        bags: ``[U]`` lists of item rows: what the model sees of each user.
+        bags: ``[U]`` lists of item rows: the histories that the model sees.
         relevant: ``[U]`` lists of the held-out item rows.
-        masked: ``[U]`` lists of the item rows that are not ranked.
+        masked: ``[U]`` lists of masked item rows.
         trained: ``[U, I]`` logits of the trained part by item row.
-        power: of the length of a bag by which pooling divides its sum.
+        power: exponent of a bag's length in pooling.
         k: cut-off of the NDCG.
-        ids: ``[U]`` numbers by which users are known again in other cuts; default: their places.
+        ids: ``[U]`` numbers that identify users across cuts; default: their indices.
     """
 
     bags: Jagged
@@ -88,7 +91,7 @@ class Validation:
     ids: Int32Array | None = None
 
     def among(self, rows: Int32Array) -> "Validation":
-        """The same ranking of some items alone, by their place, for users who have some of them."""
+        """The same restricted to some items, renumbered, and to users with such items."""
         place = np.full(self.trained.shape[1], -1, np.int32)
         place[rows] = np.arange(len(rows))
         bags, relevant, masked = (
@@ -106,7 +109,7 @@ class Validation:
         )
 
     def scores(self, weights: Tensor) -> Tensor:
-        """``[U, I]`` sums of EASE's rows over the bags, divided as the model divides."""
+        """``[U, I]`` sums of EASE's rows over the bags, pooled like the model's."""
         offsets = torch.from_numpy(self.bags.offsets[:-1])
         bags = torch.from_numpy(self.bags.values).long()
         sums = embedding_bag(bags, weights, offsets, mode="sum")
@@ -123,7 +126,7 @@ class Validation:
         scores = scores.clone()
         scores[torch.from_numpy(owner), torch.from_numpy(self.masked.values).long()] = -torch.inf
         best, ranked = scores.topk(min(self.k, scores.shape[1]), dim=1)
-        shown = np.full((len(ranked), self.k), -1)  # of a catalogue of fewer items, too
+        shown = np.full((len(ranked), self.k), -1)  # the catalogue may be smaller than k
         shown[:, : ranked.shape[1]] = np.where(best.isfinite().numpy(), ranked.numpy(), -1)
         return ndcg(hits(shown, self.relevant), self.relevant.lengths, self.k)
 
@@ -131,22 +134,21 @@ class Validation:
 def search(
     cuts: Sequence[tuple[Jagged, Validation]], n_items: int, groups: Jagged | None
 ) -> Linear:
-    """Finds what EASE adds to a trained model.
+    """Chooses EASE's settings for a trained model.
 
-    One setting after the other: L2, the weight of the items' fields, the number of columns. For
-    each, the weight next to the trained part that gives the best NDCG. Few users hardly tell one
-    weight from another: see `_likely`. In the end the result has to be clearly better than EASE
-    alone (`CLEARLY_BETTER`), which is the safer choice.
+    It tunes L2, the weight of the items' fields and the number of columns one by one, each with the
+    weight that gives the best NDCG. Few users hardly distinguish weights: see `_likely`. The result
+    must be clearly better than EASE alone (`CLEARLY_BETTER`), which is the safer choice.
 
     Args:
-        cuts: of the known items in two: each user's training items, rows below ``n_items``, each
-            once; and users to measure on, with the logits of a model that was trained on the
-            former. A user's figure is the mean over the cuts.
+        cuts: pairs of each user's distinct training items, rows below ``n_items``, and users to
+            measure on, with logits of a model trained on these items. A user's figure is the mean
+            over the cuts.
         n_items: rows of the item table.
-        groups: items that have a value of a field in common; None: there are no fields.
+        groups: items that share a value of a field; None without fields.
 
     Returns:
-        The best; with weight 0 where EASE adds nothing.
+        The best settings; with weight 0 if EASE adds nothing.
     """
     most = int(SEARCHED_ITEMS / len(cuts) ** (1 / 3))  # so that all cuts take the time of one
     counts = np.bincount(cuts[0][0].values, minlength=n_items)
@@ -163,7 +165,7 @@ def search(
     best = fits[_likely({l2: figure for l2, (_, figure) in fits.items()}) or L2[0]][0]
     if groups is not None:
         best = _climb(FIELD_WEIGHTS, 0, lambda w: measured.fit(best.l2, w)[0] if w else best)
-    columns = sorted({min(n, len(rows)) for n in COLUMNS})  # all of few items: nothing is cut
+    columns = sorted({min(n, len(rows)) for n in COLUMNS})  # few items: keep all columns
     fits_of_columns = measured.cut(best, columns)
     found, figure = max(fits_of_columns, key=lambda one: (one[0].ndcg, one[0].ndcg_ease))
     alone, of_ease = measured.ease_alone(columns[-1])
@@ -172,7 +174,7 @@ def search(
 
 @dataclass(frozen=True)
 class _Part:
-    """A cut of the known items: ``[R, R]`` counts of pairs of training items, and the users."""
+    """A cut: ``[R, R]`` co-occurrence counts of training items, and the users."""
 
     gram: Tensor
     users: Validation
@@ -180,11 +182,11 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Settings with their NDCG on all cuts, and ``[users]`` that of each user.
+    """Measures settings: mean NDCG over all cuts, and ``[users]`` per user.
 
     Attributes:
         parts: the cuts.
-        group_gram: ``[R, R]`` counts of pairs of items that have a value of a field in common.
+        group_gram: ``[R, R]`` counts of pairs of items that share a value of a field.
     """
 
     parts: Sequence[_Part]
@@ -196,18 +198,19 @@ class _Measured:
         return self._by_user([part.users.trained for part in self.parts])
 
     def fit(self, l2: float, field_weight: float = 0.0) -> tuple[Linear, Float64Array]:
-        """All columns, with the weight that the figures support."""
+        """Measures EASE with all columns, at the best supported weight."""
         matrices = self._matrices(l2, field_weight)
         scores = [part.users.scores(each) for part, each in self._with(matrices)]
         return self._with_likely_weight(Linear(l2, field_weight), scores)
 
     def cut(self, best: Linear, columns: Sequence[int]) -> list[tuple[Linear, Float64Array]]:
-        """Some numbers of columns, each with the weight that the figures support."""
+        """Measures several numbers of columns, each at the best supported weight."""
         matrices, found = self._matrices(best.l2, best.field_weight), []
         for n in columns:
             scores = []
             for part, weights in self._with(matrices):
-                # Their own vectors, as the model gets them: the leading ones of more differ a bit.
+                # Vectors computed for this number of columns: prefixes of more would differ
+                # slightly.
                 leading = leading_vectors(weights, part.gram, n)
                 scores.append(part.users.scores(weights @ leading) @ leading.T)
             found.append(self._with_likely_weight(replace(best, columns=n), scores))
@@ -246,12 +249,12 @@ class _Measured:
         return found, figure
 
     def _by_user_of_ease(self, scores: Sequence[Tensor]) -> Float64Array:
-        """`_by_user` by EASE's scores alone, which items that are not ranked have too."""
+        """`_by_user` by EASE's scores alone, which masked items have, too."""
         ranked = [s.where(p.users.trained.isfinite(), -torch.inf) for p, s in self._with(scores)]
         return self._by_user(ranked)
 
     def _by_user(self, scores: Sequence[Tensor]) -> Float64Array:
-        """Each user's NDCG, the mean over the cuts that the user is in."""
+        """Each user's NDCG, averaged over the cuts with the user."""
         ids = np.concatenate([p.users.ids for p in self.parts if p.users.ids is not None])
         figures = np.concatenate([p.users.ndcg_by_user(s) for p, s in self._with(scores)])
         _, place, n = np.unique(ids, return_inverse=True, return_counts=True)
@@ -262,7 +265,7 @@ class _Measured:
 
 
 def _gram(lists: Jagged, rows: Int32Array, n_items: int) -> Tensor:
-    """``[R, R]`` float32: how many lists contain both of two items, for the items ``rows``."""
+    """``[R, R]`` float32: number of lists that contain both items, for the items ``rows``."""
     place = np.full(n_items, -1, np.int32)
     place[rows] = np.arange(len(rows))
     return torch.from_numpy(co_counts(_renumber(lists, place), len(rows))).float()
@@ -278,20 +281,20 @@ def _spread(scores: Tensor) -> float:
 
 
 def _likely(figures: Mapping[float, Float64Array], without: Float64Array | None = None) -> float:
-    """The setting that the figures support: with few users, not simply the best one.
+    """The best supported setting: with few users, not simply the best one.
 
-    The best of many settings is better by chance, too. From the best one up, towards EASE alone and
-    a strong L2, which are safer for few users, each setting counts by how well its difference from
-    the best one can be chance, exp(-z^2 / 2), and the geometric mean decides: of many users that is
-    the best one.
+    The best of many settings is partly best by chance. Settings from the best one towards EASE
+    alone and a strong L2, which are safer for few users, are averaged geometrically, weighted by
+    the likelihood exp(-z^2 / 2) that their difference from the best one is chance. With many users,
+    that is the best one.
 
     Args:
         figures: ``[U]`` of each setting, in ascending order.
         without: ``[U]`` of setting 0, if it is one.
 
     Returns:
-        One of the settings; 0 if that is better than each by more than its standard error, or the
-        same to every user.
+        One of the settings; 0 if it beats all others by more than their standard errors, or is
+        equal for every user.
     """
     start, best = max(figures.items(), key=lambda item: float(item[1].mean()))
     if without is not None and without.mean() >= best.mean():
@@ -307,13 +310,13 @@ def _likely(figures: Mapping[float, Float64Array], without: Float64Array | None 
 
 
 def _z(difference: Float64Array) -> float:
-    """Mean difference between users' figures in standard errors."""
+    """Mean difference of users' figures in standard errors."""
     error = float(difference.std()) / len(difference) ** 0.5
     return float(difference.mean()) / error if error else 0.0
 
 
 def _climb(grid: Sequence[float], start: int, at: Callable[[float], Linear]) -> Linear:
-    """The best place of a grid on which one hill is expected, from a start uphill."""
+    """Hill-climbs a unimodal grid from a start; returns the best index."""
     tried = {start: at(grid[start])}
 
     def value(place: int) -> float:
@@ -333,7 +336,7 @@ def _climb(grid: Sequence[float], start: int, at: Callable[[float], Linear]) -> 
 def ease_weights(
     gram: Tensor, l2: float, group_gram: Tensor | None = None, field_weight: float = 0.0
 ) -> Tensor:
-    """EASE's matrix, in the precision of the ``[I, I]`` counts, which are not changed."""
+    """EASE's matrix, in the precision of the ``[I, I]`` counts, which are not modified."""
     fitted_on = gram.clone()
     if group_gram is not None and field_weight:
         fitted_on.add_(group_gram, alpha=field_weight)
@@ -343,12 +346,12 @@ def ease_weights(
 def leading_vectors(weights: Tensor, gram: Tensor, n: int) -> Tensor:
     """``[I, n]`` leading right singular vectors of EASE's scores of the training users.
 
-    They are eigenvectors of ``B' G B``, which is not formed: it would take longer than all else.
+    They are eigenvectors of ``B' G B``, which is not formed, since that would dominate the time.
 
     Args:
         weights: ``[I, I]`` B.
         gram: ``[I, I]`` G, counts of pairs of items.
-        n: number of vectors; those beyond the items are 0.
+        n: number of vectors; those beyond the number of items are 0.
 
     Source: Halko, Martinsson, Tropp, "Finding structure with randomness", 2011.
     """
@@ -367,9 +370,9 @@ def leading_vectors(weights: Tensor, gram: Tensor, n: int) -> Tensor:
 
 
 def _renumber(lists: Jagged, place: npt.NDArray[np.int32]) -> Jagged:
-    """Lists of item rows as lists of their places; those without one are left out.
+    """Lists of item rows, renumbered; rows without a new number are left out.
 
-    Rows behind the item table are cold items, which have no place.
+    Rows after the item table are cold items, which have none.
     """
     places = np.pad(place, (0, 1), constant_values=-1)[np.minimum(lists.values, len(place))]
     owner = np.repeat(np.arange(len(lists)), lists.lengths)[places >= 0]

@@ -1,11 +1,11 @@
-"""First-order weights by a logistic regression with one prior for each field.
+"""Fits first-order weights by logistic regression with one prior per field.
 
-Tables of few labelled rows take too few steps for their first-order weights to settle. A logistic
-regression settles in seconds, and how strongly a field is held back need not be guessed: the
-variance of a field's weights is estimated from the training rows themselves. A field without
-influence then gets weights near 0, and so does an item's id that adds nothing to its attributes.
-Where positives are few, such estimates may be off; how much of the regression to use instead of a
-constant is decided by cross-validation.
+With few labelled rows, training takes too few steps for first-order weights to converge. A logistic
+regression converges in seconds, and its regularisation need not be tuned: the variance of each
+field's weights is estimated from the training rows. A field without influence then gets weights
+near 0, and so does an item id that adds nothing to its attributes. With few positives, such
+estimates may be off; cross-validation decides how much of the regression to use instead of a
+constant.
 
 Source: MacKay, "Bayesian Interpolation", 1992, for the estimate; Breslow and Clayton, "Approximate
 Inference in Generalized Linear Mixed Models", 1993, for its use where labels are binary.
@@ -31,12 +31,12 @@ PRECISIONS = (0.01, 1e6)
 _START = 10.0
 _OF_BIAS = 1e-6
 _ROUNDS, _UNCHANGED = 40, 0.05
-"""Newton steps at most, and the relative change of all precisions that ends them."""
+"""Maximum number of Newton steps, and the relative change of all precisions at convergence."""
 _SOLVER_STEPS, _SOLVED = 50, 1e-6
-"""Of conjugate gradients in each; the share of the residual that ends them."""
+"""Maximum number of conjugate gradient steps in each, and the relative residual at convergence."""
 _SMALLEST_STEP = 1e-4
 FOLDS = 5
-"""Of the cross-validation that compares the regression with a constant."""
+"""Number of folds of the cross-validation that compares the regression with a constant."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class VectorInputs:
 
     Attributes:
         first: column of the first number.
-        which: ``[B]`` int: the row of ``vectors`` that each row has.
+        which: ``[B]`` int: row of ``vectors`` for each row.
         vectors: ``[n, dim]`` float64.
     """
 
@@ -55,7 +55,7 @@ class VectorInputs:
 
     @property
     def columns(self) -> slice:
-        """Of the matrix."""
+        """Columns of the matrix."""
         return slice(self.first, self.first + self.vectors.shape[1])
 
 
@@ -63,8 +63,7 @@ class VectorInputs:
 class Inputs:
     """A ``[B, W]`` matrix: rows by first-order weights.
 
-    It is given by its non-zero elements, except those of vectors: these are the same in all rows of
-    a user or an item.
+    Stored as non-zero elements, except for vectors, which are shared by all rows of a user or item.
 
     Attributes:
         rows: ``[N]`` int64.
@@ -111,9 +110,9 @@ class FirstOrder:
         numbers: ``[n_dense]`` float32.
         vectors: ``[dim]`` float32 by vector field.
         bias: log-odds of a row whose other terms are 0.
-        share: of the regression's log-odds that the weights give; the rest is a constant.
-        log_loss: cross-validated, on the training rows, of the regression without the constant.
-        constant_log_loss: likewise, of the constant alone.
+        share: of the regression in the log-odds; the rest is a constant.
+        log_loss: cross-validated on the training rows, of the full regression.
+        constant_log_loss: the same for the constant.
         deviations: standard deviation of the weights of each table, of the numeric fields and of
             each vector field, before they are multiplied by ``share``.
     """
@@ -129,7 +128,7 @@ class FirstOrder:
 
 
 def fit_first_order(dataset: PreparedDataset) -> FirstOrder:
-    """Fits the first-order weights to the training rows, which have to fit into memory.
+    """Fits the first-order weights to the training rows, which must fit into memory.
 
     Tables that several fields share have one weight per row, and one prior.
     """
@@ -205,10 +204,10 @@ def _vector_inputs(dataset: PreparedDataset, train: Rows, first: int) -> tuple[V
 def fit(
     inputs: Inputs, labels: Float64Array, row_weights: Float64Array
 ) -> tuple[Float64Array, Float64Array]:
-    """Weights of a logistic regression whose priors' precisions are estimated as well.
+    """Fits a logistic regression and the precisions of its priors.
 
     A group's precision is the geometric mean of its own estimate and that of all groups
-    together: estimates from few rows or rare labels are off by factors in either direction.
+    together: estimates from few rows or rare labels can be off by large factors.
 
     Args:
         inputs: of the rows.
@@ -216,7 +215,7 @@ def fit(
         row_weights: ``[B]``.
 
     Returns:
-        ``[W]`` weights and ``[G]`` precisions; of labels that are all the same, none but the bias.
+        ``[W]`` weights and ``[G]`` precisions; if all labels are equal, only the bias.
     """
     n_groups = int(inputs.groups[-1]) + 1
     weights = np.zeros(len(inputs.groups))
@@ -232,7 +231,7 @@ def fit(
         estimates.append(precisions)
     precisions = np.sqrt(estimates[0] * estimates[1])
     weights, _ = _newton(inputs, labels, row_weights, weights, precisions, None)
-    first = np.searchsorted(own_groups, np.arange(n_groups))  # groups are in order
+    first = np.searchsorted(own_groups, np.arange(n_groups))  # groups are sorted
     return weights, precisions[np.minimum(first, len(precisions) - 1)]
 
 
@@ -243,9 +242,9 @@ def cross_validate(
     weights: Float64Array,
     precisions: Float64Array,
 ) -> tuple[Float64Array, Float64Array]:
-    """Log-odds of each row by the regression, and by a constant, that do not know its label.
+    """Out-of-fold log-odds of each row by the regression and by a constant.
 
-    Both are fitted to the other folds; the priors stay.
+    Both are fitted to the other folds, with fixed priors.
 
     Args:
         inputs: of the rows.
@@ -276,17 +275,17 @@ def _with_constant(
     labels: Float64Array,
     row_weights: Float64Array,
 ) -> tuple[Float64Array, float]:
-    """The share of a regression that the rows support, next to a constant.
+    """Mixes a regression with a constant, by the share that the rows support.
 
     Args:
         weights: ``[W]`` of the regression.
-        held_out: as `cross_validate` gives it.
-        constants: likewise.
+        held_out: from `cross_validate`.
+        constants: from `cross_validate`.
         labels: ``[B]`` 0 or 1.
         row_weights: ``[B]``.
 
     Returns:
-        ``[W]`` weights of both, and the share.
+        ``[W]`` weights of the mixture, and the share.
     """
     [share] = mean_shares(constants, [held_out - constants], labels, row_weights)
     both = share * weights
@@ -295,7 +294,7 @@ def _with_constant(
 
 
 def _log_odds(labels: Float64Array, row_weights: Float64Array) -> float:
-    """Of a positive, with half a row more of either kind."""
+    """Log-odds of a positive, with half a row of each label added."""
     positive, total = float(row_weights @ labels), float(row_weights.sum())
     return math.log((positive + 0.5) / (total - positive + 0.5))
 
@@ -308,7 +307,7 @@ def _newton(
     precisions: Float64Array,
     groups: npt.NDArray[np.int64] | None,
 ) -> tuple[Float64Array, Float64Array]:
-    """Maximises the posterior; with groups, estimates their precisions on the way.
+    """Maximises the posterior; with groups, also estimates their precisions.
 
     Returns:
         ``[W]`` weights and ``[W]`` precisions.
@@ -330,7 +329,7 @@ def _newton(
             size /= 2
         weights, logits = weights + size * step, logits + size * change
         if groups is not None:
-            # How far the rows determine each weight, from 0 to 1, over the weights' squares.
+            # How well the rows determine each weight, from 0 to 1, divided by the weights' squares.
             known = np.bincount(groups, 1 - precisions / diagonal)
             squares = np.maximum(np.bincount(groups, weights**2), 1e-12)
             estimated = np.clip(known / squares, *PRECISIONS)[groups]

@@ -1,9 +1,9 @@
-"""How much of each part of a model to use, by the likelihood of labelled rows.
+"""Posterior-mean shares of the parts of a model, given labelled rows.
 
-A model's log-odds are those of a simple model plus what each further part adds, and each addition
-gets a share from 0 to 1. The shares are posterior means under a uniform prior: where rows are many,
-nearly the likeliest ones; where rows are too few to tell, a half, with which a harmful part does a
-quarter of its harm and a useful one three quarters of its good. Nothing has to be tuned.
+A model's log-odds are those of a simple model plus the contribution of each further part, scaled by
+a share from 0 to 1. The shares are posterior means under a uniform prior: with many rows, nearly
+the most likely ones; with too few rows to tell, one half, which keeps a quarter of the harm of a
+harmful part and three quarters of the benefit of a useful one. There is nothing to tune.
 
 Source: Hoeting et al., "Bayesian Model Averaging: A Tutorial", 1999.
 """
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 Float64Array = npt.NDArray[np.float64]
 NODES = 21
-"""Values of a share for which the likelihood is calculated: those of Gauss and Legendre."""
+"""Nodes of the Gauss-Legendre quadrature over a share."""
 
 
 def log_loss(logits: Float64Array, labels: Float64Array, row_weights: Float64Array) -> float:
@@ -37,14 +37,14 @@ def mean_shares(
     labels: Float64Array,
     row_weights: Float64Array,
 ) -> list[float]:
-    """Posterior mean of the shares of some additions to the log-odds of rows.
+    """Posterior means of the shares of additions to log-odds.
 
-    The rows should not have been used to fit any of them.
+    None of them should have been fitted to these rows.
 
     Args:
         base: ``[B]`` log-odds by the simple model.
-        additions: ``[B]`` each: what a part adds to them. An addition that is 0 everywhere changes
-            nothing.
+        additions: ``[B]`` each: contributions of the parts. An addition that is 0 everywhere has no
+            effect.
         labels: ``[B]`` 0 or 1.
         row_weights: ``[B]``; only their ratios matter.
 

@@ -1,17 +1,14 @@
-"""What follows the training loop: one checkpoint that everything reads.
+"""Steps after the training loop, which produce the final checkpoints.
 
-Of a model of labelled rows that began with a logistic regression, ``runs/NAME/selected`` is the
-regression plus a share of each part that was trained (`deepfm_dist.jobs.first_order`).
+For a model of labelled rows that started from a logistic regression, ``runs/NAME/selected`` is the
+regression plus a share of each trained part (`deepfm_dist.jobs.first_order`).
 
-Of a model that ranks, the best checkpoint of the loop gets EASE's columns
-(`deepfm_dist.interop.linear`), with settings that are measured on the validation rows:
-``runs/NAME/selected``. A small log has too few of these, and the settings are cross-validated. Then
-the same is done once more without measuring anything: the model is trained on training and
-validation rows for as long as the best one was, and EASE is fitted to both: ``runs/NAME/refit``.
-Where there are no validation rows, some training items that the loop has not seen
-(``trainer.hold_out``) take their place.
-
-Each is a run of one checkpoint.
+For a model that ranks, ``runs/NAME/selected`` is the best checkpoint of the loop with EASE's
+columns (`deepfm_dist.interop.linear`), whose settings are chosen on the validation rows, or by
+cross-validation for small logs. ``runs/NAME/refit`` repeats this with fixed settings on training
+and validation rows: the model is trained for as many epochs as the best checkpoint, and EASE is
+fitted to both. Without validation rows, training items held out from the loop
+(``trainer.hold_out``) replace them. Each is a run with one checkpoint.
 """
 
 import logging
@@ -58,17 +55,17 @@ from deepfm_dist.training.trainer import Hooks, Trainer
 
 log = logging.getLogger(__name__)
 SEARCHED_LOGITS = 30_000_000
-"""Logits of validation users that the search holds, at most: fewer users of a larger catalogue."""
+"""Maximum number of logits in the search: fewer users for a larger catalogue."""
 
 
 FEW_POSITIVES = 20_000
-"""Training positives below which the search is cross-validated: that takes a training per cut."""
+"""Below this many training positives, the search is cross-validated, with one training per cut."""
 CUTS, CUT_SHARE, CUT_SHARE_OF_LAST = 5, 0.2, 0.1
-"""How many cuts, and the share of each user's items that one holds out, or of the last ones."""
+"""Number of cuts, and the share of each user's items, or of the latest, that each holds out."""
 
 
 def parts_of(config: Config, manifest: Manifest) -> list[str]:
-    """Which runs of one checkpoint a finished run has."""
+    """The parts of a finished run."""
     is_selected = config.model.linear == "ease" or first_order.is_blended(config, manifest)
     parts = [SELECTED] if is_selected else []
     return [*parts, REFIT] if config.trainer.refit_best else parts
@@ -80,7 +77,7 @@ def is_finished(config: Config, manifest: Manifest) -> bool:
 
 
 def check(config: Config, manifest: Manifest) -> None:
-    """Looks for what would be missing at the end, before anything is trained.
+    """Checks before training that these steps will be possible.
 
     Raises:
         ConfigError: there are no validation rows, or the closed-form part is for another model.
@@ -118,7 +115,7 @@ def check(config: Config, manifest: Manifest) -> None:
 
 @dataclass(frozen=True)
 class Finish:
-    """The end of a run. All ranks call every method.
+    """The steps after a run's training loop. All ranks call every method.
 
     Attributes:
         config: the settings.
@@ -126,7 +123,7 @@ class Finish:
         dataset: of the run.
         state: of the loop, which is over.
         choices: what was chosen from the data.
-        asked_to_stop: whether this process was asked to.
+        asked_to_stop: whether this process was asked to stop.
     """
 
     config: Config
@@ -172,7 +169,7 @@ class Finish:
         return True
 
     def _blend(self, step: int) -> None:
-        """Weighs the best checkpoint against the fitted start, and saves the result."""
+        """Blends the best checkpoint with the fitted start, and saves the result."""
         model, optimizer, added = first_order.blend(self.config, self.dataset, self.world, step)
         choice = Choice("model.linear", "logistic", added)
         self._say(choice)
@@ -186,7 +183,7 @@ class Finish:
         return self.config.with_run_name_on_same_data(f"{self.config.run.name}/{part}")
 
     def _marker(self, part: str, step: int, choices: Sequence[Choice]) -> dict[str, Any]:
-        """What the marker of a part's checkpoint has besides that of any new run."""
+        """Entries of a part's checkpoint marker that differ from those of a new run."""
         return {
             "trainer": asdict(replace(self.state, step=step)),
             "trained_config": self.config.model_dump(mode="json"),
@@ -199,11 +196,11 @@ class Finish:
             log.info("chosen for this log: %s", choice)
 
     def _search(self, model: DistributedModelParallel, step: int) -> tuple[Linear, Choice] | None:
-        """How EASE is fitted and weighed, the same on all ranks; None: a signal stopped it.
+        """Chooses EASE's settings, the same on all ranks; None if a signal stopped it.
 
         Args:
             model: the best checkpoint of the loop.
-            step: of it.
+            step: its step.
         """
         dataset, world = self.dataset, self.world
         n_positives = dataset.manifest.splits["train"].positives
@@ -225,7 +222,7 @@ class Finish:
         return linear, _choice(linear, f"{kind} NDCG@{max(self.config.evaluate.k)}")
 
     def _cuts(self) -> Iterator[PreparedDataset]:
-        """The known rows with some items of each user held out, others every time.
+        """The known rows, each time with other items of each user held out.
 
         With ``history.targets: later`` each cut is at an earlier time.
         """
@@ -265,7 +262,7 @@ class Finish:
         )
 
     def _fit(self, cuts: Sequence[tuple[Jagged, Validation]]) -> Linear:
-        """`search`, if there is room for it. Rank 0."""
+        """`search`, if memory suffices. Rank 0."""
         n_items = self.dataset.manifest.entities["item"]
         needed, room = FACTORS_BYTES * n_items**2, available_bytes()
         if needed > USABLE * room:
@@ -282,15 +279,15 @@ class Finish:
     def _train_again(
         self, later: PreparedDataset, best_step: int, is_logged: bool = True
     ) -> tuple[DistributedModelParallel, int, float] | None:
-        """A model trained on another dataset for as many epochs as the best one of the loop.
+        """Trains a model on another dataset for as many epochs as the best checkpoint of the loop.
 
         Args:
             later: the dataset.
             best_step: of the loop.
-            is_logged: whether the run's folder gets its figures.
+            is_logged: whether to log figures in the run's folder.
 
         Returns:
-            The model, its steps and epochs; None: a signal stopped it.
+            The model, its steps and epochs; None if a signal stopped it.
         """
         per_epoch = training_batches(self.config, self.dataset, self.world).steps_per_epoch
         batches = training_batches(self.config, later, self.world)
@@ -307,7 +304,7 @@ class Finish:
             f"{self.config.run.name}/{REFIT}"
         )
         model, optimizer = shard_to_widen(self.config, later.manifest, self.world)
-        if config.checkpoint.start_from is not None:  # so did the loop, and took fewer steps for it
+        if config.checkpoint.start_from is not None:  # so did the loop, which shortened it
             saved = read_checkpoint(folder_of(config.checkpoint.start_from), "auto", ())
             read_start(saved, config, later, self.world, model, optimizer)
         trainer = Trainer(
@@ -351,7 +348,7 @@ class Finish:
 
 
 def _choice(linear: Linear, figure: str) -> Choice:
-    """What was found, with the figure that decided."""
+    """The result as a choice, with the deciding figure."""
     figures = f"{figure} {linear.ndcg:.4f}, {linear.ndcg_trained:.4f} without it"
     settings = f"L2 {linear.l2:g}, {plural(linear.columns, 'column')}"
     if not linear.trained:

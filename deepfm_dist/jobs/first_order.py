@@ -1,4 +1,4 @@
-"""Training that starts from a logistic regression, and how much of what it adds is used.
+"""Starts training from a logistic regression, and blends the two at the end.
 
 See `deepfm_dist.interop.logistic` for the start and `deepfm_dist.interop.shares` for the shares.
 """
@@ -32,7 +32,7 @@ from deepfm_dist.training.evaluation import RowEvaluator, ScoredRows
 
 log = logging.getLogger(__name__)
 SMALLEST_SHARE = 1e-4
-"""Of the pairs: with factors of 0, training that continues would not move them."""
+"""Minimum share of the pairs: factors of 0 would not move in further training."""
 
 
 def check(config: Config, manifest: Manifest) -> None:
@@ -58,10 +58,10 @@ def check(config: Config, manifest: Manifest) -> None:
 
 
 def is_blended(config: Config, manifest: Manifest) -> bool:
-    """Whether a run whose training loop is over is to be weighed against its start; see `blend`.
+    """Whether a finished training loop is blended with its start; see `blend`.
 
-    It is not where another figure than the log loss decides; nor with an over-arch of the user's
-    own, whose input cannot be rescaled; nor where the start was not saved.
+    Not if another figure than the log loss is monitored; nor with a custom over-arch, whose input
+    cannot be rescaled; nor if the start was not saved.
     """
     return (
         config.model.linear == "logistic"
@@ -79,7 +79,7 @@ def put_first_order(
     """Fits the first-order weights on rank 0 and writes them into the model. All ranks.
 
     Returns:
-        The start as a choice, with figures.
+        The choice of the start, with figures.
     """
     fitted = world.broadcast(world.run_on_rank0("logistic", lambda: fit_first_order(dataset)))
     assert fitted is not None
@@ -143,12 +143,12 @@ def blend(
 
 
 def _shares(scored: Sequence[ScoredRows | None], log_odds: float) -> tuple[list[float], str]:
-    """The share of each part, and a sentence on them. Rank 0.
+    """The share of each part, and a sentence about them. Rank 0.
 
     Args:
-        scored: the same rows, by the start, by it and what the FM has learned, and by the trained
+        scored: the same rows scored by the start, by the start plus the FM, and by the trained
             model.
-        log_odds: of the constant that they are compared with.
+        log_odds: of the constant to compare with.
     """
     rows = [each for each in scored if each is not None]
     labels, weights = rows[0].labels, rows[0].weights
@@ -170,15 +170,15 @@ def _shares(scored: Sequence[ScoredRows | None], log_odds: float) -> tuple[list[
 def _apply(
     model: DistributedModelParallel, start_weights: Sequence[Tensor], shares: Sequence[float]
 ) -> None:
-    """Takes the trained model back towards the start.
+    """Scales the trained model back towards the start.
 
-    The pairs are scaled by their factors; the over-arch gets the input that it had. The start's own
-    pairs, of untrained factors, do not count.
+    The pairs are scaled via their factors, and the over-arch's input is rescaled in return. The
+    start's pairs, of untrained factors, are ignored.
 
     Args:
-        model: as trained.
-        start_weights: as `_first_order_weights` gives them.
-        shares: of what the FM has learned and, with an over-arch, of its output.
+        model: the trained one.
+        start_weights: from `_first_order_weights`.
+        shares: of the FM and, with an over-arch, of its output.
     """
     arch = deepfm_of(model).interaction_arch
     for weights, start in zip(_first_order_weights(model), start_weights, strict=True):
@@ -198,7 +198,7 @@ def _apply(
 
 @contextmanager
 def _without_output(over_arch: OverArch) -> Iterator[None]:
-    """The over-arch gives 0 inside."""
+    """Disables the over-arch inside the context."""
     output = over_arch.layers[-1]
     weights = [output.weight.data, output.bias.data]
     kept = [each.clone() for each in weights]

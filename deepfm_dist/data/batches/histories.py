@@ -1,4 +1,4 @@
-"""Which of a user's training items are in the bag that a step sees: draws without memory."""
+"""Bags of users' training items for a step, as pure functions of seed and step."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from deepfm_dist.data.jagged import Int32Array, Int64Array, Jagged, offsets_of
 from deepfm_dist.seeding import derive_seed, mix
 
 Bags = tuple[Int32Array, Int32Array]
-"""Lengths ``[b]`` and values of some rows' bags, one after the other."""
+"""Lengths ``[b]`` and concatenated values of rows' bags."""
 
 
 def kept_in_bags(
@@ -25,17 +25,17 @@ def kept_in_bags(
 ) -> npt.NDArray[np.bool_]:
     """Draws bags from users' items: a pure function of (seed, key, item) for each of them.
 
-    Every item of a row stays with probability ``1 - dropout``, independently of the others; of
-    those that stay, ``max_length`` at random, all alike, make the bag.
+    Each item is kept independently with probability ``1 - dropout``; the bag is a uniform sample of
+    at most ``max_length`` kept items.
 
     Args:
-        history: each user's items, each once.
-        users: ``[m]`` rows of ``history``; a negative one has no items.
-        keys: ``[m]`` what the draws of a row belong to: the number of a training row, or a user.
+        history: each user's distinct items.
+        users: ``[m]`` rows of ``history``; negative ones have no items.
+        keys: ``[m]`` seeds the draws of a row: the number of a training row, or a user.
         seed: of an epoch's draws.
         dropout: probability that an item is left out, in [0, 1).
-        max_length: most items of a bag.
-        left_out: ``[m]`` an item of each row that never stays.
+        max_length: maximum number of items in a bag.
+        left_out: ``[m]`` an item of each row that is never kept.
 
     Returns:
         For each value of ``history.take(users)``, whether it is in the bag.
@@ -54,7 +54,7 @@ def kept_in_bags(
 
 
 def chosen(bags: Bags, flags: npt.NDArray[np.bool_]) -> Bags:
-    """The values that are flagged, and how many each row has."""
+    """The flagged values, and their number per row."""
     lengths, values = bags
     running = np.concatenate([[0], np.cumsum(flags)])
     ends = np.cumsum(lengths)
@@ -62,7 +62,7 @@ def chosen(bags: Bags, flags: npt.NDArray[np.bool_]) -> Bags:
 
 
 def latest(bags: Bags, n: int) -> Bags:
-    """The last ``n`` values of each bag, or all of fewer."""
+    """The last ``n`` values of each bag."""
     before_end = np.repeat(np.cumsum(bags[0]), bags[0]) - np.arange(len(bags[1]))
     return chosen(bags, before_end <= n)
 
@@ -94,7 +94,7 @@ def hold_out(dataset: PreparedDataset, share: float, draw: int = 0) -> PreparedD
 
 
 class HistorySampler:
-    """The bags of items that history fields are of."""
+    """Draws the bags of items for history fields."""
 
     def __init__(self, dataset: PreparedDataset, seed: int = 0) -> None:
         spec = dataset.manifest.data.history
@@ -103,7 +103,7 @@ class HistorySampler:
         self._fixed_seed = derive_seed(dataset.manifest.seed, "history")
 
     def full(self, users: npt.NDArray[np.integer], history: Jagged | None = None) -> Bags:
-        """All of the users' items in their order, or ``max_length`` of them, always the same ones.
+        """All of the users' items in order, or a fixed choice of ``max_length`` of them.
 
         Args:
             users: ``[m]`` rows of the histories.
@@ -121,12 +121,12 @@ class HistorySampler:
     def excluding_target(
         self, users: Int32Array, targets: Int32Array, rows: Int64Array, epoch: int
     ) -> Bags:
-        """What rows see in training: their users' items but the row's own, thinned out.
+        """Bags in training: the users' items without the row's own, after dropout.
 
         Args:
             users: ``[m]`` the rows' users.
-            targets: ``[m]`` the positive of each row, or of the positive its negative goes with:
-                what a bag lacks must not tell one from the other.
+            targets: ``[m]`` the positive of each row, or the positive that a negative belongs to:
+                the missing item must not reveal the label.
             rows: ``[m]`` number of that positive among all training rows.
             epoch: from 0.
         """
@@ -142,7 +142,7 @@ class HistorySampler:
         return chosen(self._history.take(users), flags)
 
     def split(self, users: Int32Array, epoch: int) -> tuple[Bags, Bags]:
-        """Users' items in two: the bag, and the targets, which are not in it."""
+        """Splits users' items into the bag and the targets, which are not in it."""
         items, seed = self._history.take(users), self._seed_of(epoch)
         if self._targets == "random":
             flags = kept_in_bags(self._history, users, users, seed, self.dropout, self.max_length)
@@ -168,9 +168,9 @@ def _leading(lengths: npt.NDArray[np.integer], n: Int64Array) -> npt.NDArray[np.
 
 @compiled
 def _cuts(lengths: Int32Array, keys: Int32Array, seed: int) -> Int64Array:
-    """``[m]``: how many of a row's items are its past: at least one, and never all.
+    """``[m]``: number of a row's items that are its past: at least one, never all.
 
-    Of a single item, none is: it is predicted from nothing.
+    A single item is predicted from nothing.
     """
     cuts = np.zeros(len(lengths), np.int64)
     key = mix(np.uint64(seed))
@@ -205,7 +205,7 @@ def _kept(
                 flags[i] = True
                 words[n] = word
                 n += 1
-        if n > max_length:  # the largest words stay
+        if n > max_length:  # keep the largest words
             least = np.sort(words[:n])[n - max_length]
             for i in range(begin, end):
                 if flags[i] and mix(of_row ^ np.uint64(items[i])) < least:
