@@ -76,7 +76,24 @@ class NewItems:
     taste_std: float = 2.7
 
 
-LOGS: dict[str, Clicks | Sequences | NewItems] = {
+@dataclass(frozen=True)
+class Ratings:
+    """Ratings of 1 to 5 with their times; 4 and 5 are positives.
+
+    Attributes:
+        users: number of users.
+        items: number of items.
+        rows: number of ratings, about.
+        least: ratings of a user, at least.
+    """
+
+    users: int
+    items: int
+    rows: int
+    least: int = 20
+
+
+LOGS: dict[str, Clicks | Sequences | NewItems | Ratings] = {
     "clicks_2k": Clicks(2_000, (50, 20, 10)),
     "clicks_10k": Clicks(10_000, (500, 200, 10, 4, 24)),
     "clicks_unbalanced": Clicks(50_000, (2_000, 500, 10, 4, 24), bias=-6.0),
@@ -86,6 +103,8 @@ LOGS: dict[str, Clicks | Sequences | NewItems] = {
     "clicks_new_items": NewItems(20_000),
     "sequences": Sequences(20_000, 12_000),
     "sequences_small": Sequences(5_000, 3_000),
+    "sequences_tiny": Sequences(2_000, 1_200),
+    "ratings_100k": Ratings(943, 1_682, 100_000),
 }
 
 
@@ -134,6 +153,34 @@ def sequences(log: Sequences, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["user", "item", "time"])
 
 
+def ratings(log: Ratings, seed: int) -> pd.DataFrame:
+    """Rows ``user, item, rating, time``.
+
+    Who rates what depends on popularity and taste, and so does the rating. A user rates within some
+    days, in any order.
+    """
+    rng = np.random.default_rng(seed)
+    kinds = rng.integers(0, 18, log.items)
+    vectors = rng.normal(size=(18, 8))[kinds] + 0.7 * rng.normal(size=(log.items, 8))
+    popularity = -0.9 * np.log(np.arange(log.items) + 10.0)
+    lengths = rng.pareto(1.3, log.users)
+    lengths = np.minimum(lengths, 8 * lengths.mean())
+    extra = log.rows / log.users - log.least
+    lengths = (log.least + extra * lengths / lengths.mean()).astype(int)
+    rows = []
+    for user, length in enumerate(np.minimum(lengths, log.items // 2)):
+        taste = vectors @ rng.normal(size=8) / 8**0.5
+        odds = popularity + 0.8 * taste + rng.gumbel(size=log.items)
+        items = rng.permutation(np.argsort(-odds)[:length])
+        liking = 3.2 + 0.7 * taste[items] + rng.normal(0, 0.8, length)
+        times = (
+            875_000_000 + rng.integers(0, 20_000_000) + rng.integers(0, 300_000, length).cumsum()
+        )
+        stars = np.clip(np.round(liking), 1, 5).astype(int)
+        rows += [*zip([user] * length, items, stars, times, strict=True)]
+    return pd.DataFrame(rows, columns=["user", "item", "rating", "time"])
+
+
 def clicks_on_new_items(log: NewItems, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows ``user, item, y, split``, and each item's genre."""
     rng = np.random.default_rng(seed)
@@ -177,6 +224,13 @@ def write(name: str, folder: Path, seed: int = 1) -> Path:
                 {"name": "item", "entity": "item"},
                 {"name": "genre", "entity": "item", "file": "genres.csv"},
             ],
+        }
+    elif isinstance(log, Ratings):
+        rows = ratings(log, seed)
+        columns = {name: name for name in rows}
+        data = {
+            "interactions": {"file": "log.csv", **columns, "min_rating": 4},
+            "split": {"method": "per_user"},
         }
     else:
         rows = sequences(log, seed)

@@ -71,6 +71,7 @@ def test_the_rows_of_the_quality_tables_are_configurations(
         "clicks": logs.Clicks(50, (3, 40), 1),
         "new": logs.NewItems(40),
         "steps": logs.Sequences(8, 500),
+        "stars": logs.Ratings(5, 90, 110),
     }
     kinds = {name: type(log) for name, log in logs.LOGS.items()}
     monkeypatch.setattr(logs, "LOGS", of_tests)

@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from deepfm_dist import train as train_command
 from deepfm_dist.api import Model
@@ -14,6 +16,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest, SplitSpec, TableSpec
 from deepfm_dist.distributed.checkpoint import Saved, complete_steps, find_checkpoint, read_state
 from deepfm_dist.errors import ConfigError
+from deepfm_dist.events import TrainEvent, read_events
 from deepfm_dist.interop import linear
 from deepfm_dist.jobs import finish
 from deepfm_dist.jobs.combine import combine
@@ -246,6 +249,8 @@ def _says_and_keeps_what_was_chosen(tmp_path: Path, caplog: pytest.LogCaptureFix
         assert found.report is not None
         page = found.report.read_text()
         assert "model.linear</th>" in page and "was trained with loss=softmax" in page
+        known = ("validation items too, as a deployed model would", "training items only")
+        assert [text in page for text in known] == [name == "split=test", name != "split=test"]
     assert figures["split=valid"]["model"] == pytest.approx(both, abs=2e-4)
     for ranking in ("model", "popularity"):
         assert figures["split=test"][ranking] != figures["validation_known=false"][ranking]
@@ -381,6 +386,32 @@ def test_the_end_is_the_same_on_two_ranks(tmp_path: Path, monkeypatch: pytest.Mo
     assert both > without + 0.1  # the trained part has taken two steps
     assert re.search(r": cross-validated NDCG@10 0\.\d+, 0", selected["model.linear"])
     assert refit["trainer.refit_best"].endswith("epochs of all training rows, as were best without")
+
+
+def test_training_for_the_next_item_has_the_same_losses_on_two_ranks(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    taken = [(u, i, t) for u in range(60) for t, i in enumerate(rng.choice(30, 6, replace=False))]
+    pd.DataFrame(taken, columns=["user", "item", "time"]).to_csv(tmp_path / "log.csv", index=False)
+    rows = {"file": "log.csv", "user": "user", "item": "item", "time": "time"}
+    split = {"method": "leave_last", "valid": 1, "test": 1}
+    data = {"root": f"{tmp_path}", "interactions": rows, "split": split}
+    trainer = {"max_steps": 6, "log_every_steps": 1, "validate_every_epochs": 1, "batch_size": 20}
+    roots = {f"{kind}_root": f"{tmp_path / kind}" for kind in ("prepared", "runs")}
+    losses = []
+    for size in (1, 2):
+        run = {"name": f"ranks_{size}", "loggers": [], **roots}
+        model = {"linear": "none", "embedding_dim": 8}
+        more = {"trainer": {**trainer, "refit_best": False}, "model": model, "run": run}
+        path = tmp_path / "next.yaml"
+        path.write_text(yaml.safe_dump({"data": {**data, "name": "next"}, **more}))
+        assert run_ranks(train_command.main, size, ["--config", f"{path}"]) == [0] * size
+        config = load_config(f"{path}")
+        assert [f.last for f in config.data.features if f.history] == [None, LATEST]
+        assert config.data.history.targets == "later"
+        events = read_events(config.run_dir / "metrics.jsonl")
+        losses.append([e.figures["loss"] for e in events if isinstance(e, TrainEvent)])
+    assert len(losses[0]) == 6 and losses[0][0] > losses[0][-1] > 0
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,7 @@ def _report(
         cutoffs=cutoffs,
         verdicts=verdicts,
         events=events,
+        is_validation_known=_knows_validation(config),
     )
     own_split = trained.settings.get("evaluate", {}).get("split", split)
     name = "report.html" if split == own_split else f"report-{split}.html"

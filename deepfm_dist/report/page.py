@@ -115,6 +115,7 @@ class Report:
         events: of the run's log.
         verdicts: shown at the top.
         chosen: settings that were chosen from the data.
+        is_validation_known: whether the users' validation items are in their histories.
     """
 
     folder: Path
@@ -131,6 +132,7 @@ class Report:
     events: list[Event]
     verdicts: Sequence[Verdict] = ()
     chosen: Sequence[Choice] = ()
+    is_validation_known: bool = False
 
 
 def write_page(report: Report, name: str = "report.html") -> Path:
@@ -180,6 +182,7 @@ def _variables(report: Report) -> dict[str, Any]:
             for name, value in report.rows.items()
         },
         "notes": _notes(report),
+        "known": _known(report),
         "rankings": {k: _table(comparison, k) for k in cutoffs} if comparison else {},
         "verdicts": report.verdicts,
         "learning": _learning(plotter, events),
@@ -308,6 +311,21 @@ def _notes(report: Report) -> list[str]:
         names = f"{', '.join(others)} and {final}" if others else final
         notes.append(f"All {n:,} {counted} have a known {names}.")
     return notes
+
+
+def _known(report: Report) -> str:
+    """What the compared rankings know of the users."""
+    if not report.dataset.manifest.splits["valid"].positives or report.split != "test":
+        return "All rankings know the users' training items only."
+    if report.is_validation_known:
+        return (
+            "All rankings know the users' validation items too, as a deployed model would: these "
+            "are in the histories and not ranked. evaluate.validation_known=false leaves them out."
+        )
+    return (
+        "All rankings know the users' training items only (evaluate.validation_known=false); "
+        "validation items are not ranked."
+    )
 
 
 def _learning(plotter: Plotter, events: Sequence[Event]) -> list[Plot]:

@@ -34,6 +34,7 @@ from deepfm_dist.interop.shares import log_loss
 from deepfm_dist.jobs.first_order import put_first_order
 from deepfm_dist.jobs.train import train
 from deepfm_dist.recipe import choices_in
+from deepfm_dist.runs.start import begin
 from deepfm_dist.runs.trained import find_run
 from deepfm_dist.training.evaluation import RowEvaluator, ScoredRows
 from tests.ranks import run_in_fork, run_ranks
@@ -265,6 +266,11 @@ def _blends(folder: Path) -> str:
         loop = run.config
         start = _scores(loop, world, find_checkpoint(config.run_dir, 0))
         best = find_checkpoint(config.run_dir, "best")
+        # The next day's training starts from what the loop learned, not from a share of it.
+        from_loop = {"start_from": str(config.run_dir), "start_weights_only": True}
+        settings = {"run.name": "next", "checkpoint": from_loop}
+        next_day = begin(with_settings(loop, settings), run.dataset.manifest, 1).saved
+        assert next_day is not None and next_day.path == best
         trained, fm = _scores(loop, world, best), _scores(loop, world, best, over_arch=False)
     shares = [float(share) for share in re.findall(r"(\d\.\d\d) of (?:what|the)", reason)]
     assert all(0 < share < 1 for share in shares)
