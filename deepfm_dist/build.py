@@ -4,7 +4,7 @@ import importlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
@@ -24,6 +24,7 @@ from deepfm_dist.data.batches.device_batches import (
 from deepfm_dist.data.batches.row_batches import TrainingBatches
 from deepfm_dist.data.batches.user_batches import Candidates, UserBatches
 from deepfm_dist.data.dataset import PreparedDataset
+from deepfm_dist.data.jagged import Values
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.schema import DataConfig
 from deepfm_dist.distributed.optimizers import combined_optimizer, table_optimizer
@@ -297,8 +298,19 @@ def _catalogue_loss(
     return CatalogueLoss(kind, scorer, world.differentiable_gather)
 
 
-def training_batches(config: Config, dataset: PreparedDataset, world: World) -> Batches:
+def training_batches(
+    config: Config,
+    dataset: PreparedDataset,
+    world: World,
+    rows: Mapping[str, Values] | None = None,
+) -> Batches:
     """The training batches that the loss requires.
+
+    Args:
+        config: the settings.
+        dataset: the data.
+        world: the ranks.
+        rows: of ``trainer.loss=bce``: columns of the rows to train on; default: the training rows.
 
     Raises:
         ConfigError: the data does not fit the loss, or a rank would get no rows.
@@ -318,7 +330,7 @@ def training_batches(config: Config, dataset: PreparedDataset, world: World) -> 
     }
     batches: Batches
     if trainer.loss == "bce":
-        batches = TrainingBatches(dataset, **slice_of_rank)
+        batches = TrainingBatches(dataset, **slice_of_rank, rows=rows)
         if _is_on_device(config, dataset, batches, world):
             batches = DeviceBatches(batches, world.device)
     else:
@@ -333,22 +345,27 @@ def training_batches(config: Config, dataset: PreparedDataset, world: World) -> 
         make = batches.batch
         batches.batch = lambda step: make(step).pin_memory()  # type: ignore[method-assign]
     if world.is_first:
-        per_rank = -(-trainer.batch_size // world.world_size)
-        if world.device.type == "cuda" and trainer.loss == "bce" and per_rank < FEW_ROWS:
-            log.warning(
-                "trainer.batch_size=%d is the global batch size: %s per GPU in a step, "
-                "too few to keep it busy; set trainer.batch_size_per_rank=65536 (learning rates "
-                "may have to change with it)",
-                trainer.batch_size,
-                plural(per_rank, "row"),
-            )
-        how = "each made when its step begins"
-        if batches.threads:
-            how = f"made ahead, {batches.threads} at a time"
-        if isinstance(batches, DeviceBatches):
-            how = f"made on {world.device.type}, where the data lie"
-        log.info("batches of %d, %d per rank: %s", batches.batch_size, per_rank, how)
+        _log_batches(config, batches, world)
     return batches
+
+
+def _log_batches(config: Config, batches: Batches, world: World) -> None:
+    """Says how batches are made, and warns of few rows for a GPU. Rank 0."""
+    per_rank = -(-config.trainer.batch_size // world.world_size)
+    if world.device.type == "cuda" and config.trainer.loss == "bce" and per_rank < FEW_ROWS:
+        log.warning(
+            "trainer.batch_size=%d is the global batch size: %s per GPU in a step, "
+            "too few to keep it busy; set trainer.batch_size_per_rank=65536 (learning rates "
+            "may have to change with it)",
+            config.trainer.batch_size,
+            plural(per_rank, "row"),
+        )
+    how = "each made when its step begins"
+    if batches.threads:
+        how = f"made ahead, {batches.threads} at a time"
+    if isinstance(batches, DeviceBatches):
+        how = f"made on {world.device.type}, where the data lie"
+    log.info("batches of %d, %d per rank: %s", batches.batch_size, per_rank, how)
 
 
 def _is_on_device(

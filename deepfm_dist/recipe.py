@@ -63,6 +63,9 @@ epochs.
 """
 MOST_ROWS_OF_ADAM = 2_000_000
 """Maximum total number of table rows for Adam."""
+MOST_ROWS_OF_FOLDS = 300_000
+"""Maximum total number of table rows for models of several folds: together they take some 0.6 GB
+with Adam's state."""
 CLOSED_FORM_ITEMS = 20_000
 """Maximum number of items for EASE, whose time is cubic in it."""
 _OF_THE_OVER_ARCH = (
@@ -254,6 +257,7 @@ def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
     * ``over_arch_layer_sizes``: see `_layer_sizes`.
     * ``id_dropout``: `ID_DROPOUT` where items without training rows are known by attributes.
     * ``linear``: logistic below `FEW_LABELLED_ROWS`; see `deepfm_dist.interop.logistic`.
+    * ``refit_best``: with a logistic start; see `deepfm_dist.jobs.cross_fit`.
     * ``epochs``: 20, and at least 640 steps, of which early stopping uses what it needs. Without
       validation rows some `STEPS_TO_BEST` steps, and one epoch in any case.
     """
@@ -269,6 +273,7 @@ def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
     draft.choose("trainer.batch_size", min(8192, max(256, size)), rows)
     batch_size = draft.get("trainer.batch_size")
     draft.choose("model.linear", *_linear_of_rows(draft, manifest))
+    draft.choose("trainer.refit_best", *_refit_of_rows(draft, manifest))
     per_epoch = math.ceil(n / batch_size)
     each = f"{plural(per_epoch, 'step')} each"
     if manifest.splits["valid"].rows and draft.get("trainer.monitor") is not None:
@@ -311,6 +316,23 @@ def _linear_of_rows(draft: "_Draft", manifest: Manifest) -> tuple[str, str]:
     elif draft.get("checkpoint.start_from") is not None:
         against = "training starts from the weights of another run"
     return ("none", against) if against else ("logistic", plural(n, "training row"))
+
+
+def _refit_of_rows(draft: "_Draft", manifest: Manifest) -> tuple[bool, str]:
+    """Whether models of folds of the rows follow the training loop, and why."""
+    against = None
+    if draft.get("model.linear") != "logistic":
+        against = "for a fitted start"
+    elif not manifest.splits["valid"].rows:
+        against = "there are no validation rows"
+    elif (rows := sum(table.rows for table in manifest.tables.values())) > MOST_ROWS_OF_FOLDS:
+        against = f"{rows:,} table rows, of which ten models together would need much memory"
+    elif draft.get("trainer.monitor") not in (AUTO, "log_loss"):
+        against = f"shares are for the log loss, not for {draft.get('trainer.monitor')}"
+    elif draft.get("model.deep") and draft.get("model.over_arch") != "mlp":
+        against = "the over-arch is your own"
+    why = "means of models of training and validation rows are better than one of training rows"
+    return against is None, against or why
 
 
 def _for_tables_of_rows(draft: "_Draft", manifest: Manifest, rate: float, scaled: str) -> None:

@@ -558,6 +558,7 @@ def test_labelled_rows_scale_the_model_and_its_training(
     assert (resolved.model.dropout, resolved.model.batch_norm) == (0.2, True)
     assert resolved.model.init_at_mean
     assert resolved.model.linear == ("logistic" if is_few else "none")
+    assert resolved.trainer.refit_best == is_few
     reasons = {choice.setting: choice.reason for choice in choices}
     assert reasons["optimizer.dense.lr"] == f"0.001 * sqrt({batch_size} / 4096)"
     assert reasons["optimizer.tables.l2"] == (

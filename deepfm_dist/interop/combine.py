@@ -1,4 +1,4 @@
-"""Combines several FMs and EASE as factor columns of one wider FM."""
+"""Combines several models and EASE as columns of one wider model."""
 
 from collections.abc import Mapping
 
@@ -13,6 +13,7 @@ from deepfm_dist.environment import available_bytes
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.interop.linear import ease_weights, leading_vectors
 from deepfm_dist.model.deepfm import VECTOR_FACTORS, VECTOR_FIRST_ORDER, InteractionArch
+from deepfm_dist.model.over_arch import OverArch
 from deepfm_dist.ranking.baselines import USABLE, Ease, co_counts, distinct
 
 FACTORS_BYTES = 28
@@ -60,6 +61,43 @@ def add_dense(source: InteractionArch, target: InteractionArch, at: int, share: 
             wide[name][:, columns] += share**0.5 * narrow
         elif name.startswith(("dense_first_order", VECTOR_FIRST_ORDER)):
             wide[name].add_(share * narrow)
+
+
+@torch.no_grad()
+def add_over_arch(
+    source: OverArch, target: OverArch, dims: tuple[int, int], at: int, share: float
+) -> None:
+    """Makes a model's over-arch some units of a wider one, which reads the wider tables.
+
+    They are those that the column is as far from the first as. The weights between units of
+    different models stay 0.
+
+    Args:
+        source: a model's over-arch.
+        target: one of several times as many units in each hidden layer.
+        dims: D of the source and of the target.
+        at: column of the target's factors that the source's first one becomes.
+        share: of the logits; the factors were multiplied by its square root (`add_tables`).
+    """
+    dim, width = dims
+    place, last = at // dim, len(source.hidden)
+    sizes = [len(linear.weight) for linear in source.layers[:last]]
+    units = [slice(place * size, (place + 1) * size) for size in sizes]
+    rows_of_layers = [*units, slice(None)]
+    for number, (narrow, wide) in enumerate(zip(source.layers, target.layers, strict=True)):
+        rows, of_output = rows_of_layers[number], share if number == last else 1.0
+        if number:
+            wide.weight[rows, units[number - 1]] = of_output * narrow.weight
+        else:
+            by_field = wide.weight.view(len(wide.weight), -1, width)
+            values = narrow.weight.view(len(narrow.weight), -1, dim)
+            by_field[rows, :, at : at + dim] = of_output * share**-0.5 * values
+        if narrow.bias is not None:
+            wide.bias[rows] += of_output * narrow.bias
+    for rows, narrow_norm, wide_norm in zip(units, source.norms, target.norms, strict=True):
+        state = wide_norm.state_dict()
+        for name, values in narrow_norm.state_dict().items():
+            state[name][rows] = values
 
 
 def put_columns(target: DistributedModelParallel, at: int, values: Mapping[str, Tensor]) -> None:

@@ -12,8 +12,8 @@ Inference in Generalized Linear Mixed Models", 1993, for its use where labels ar
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,7 @@ _SOLVER_STEPS, _SOLVED = 50, 1e-6
 """Maximum number of conjugate gradient steps in each, and the relative residual at convergence."""
 _SMALLEST_STEP = 1e-4
 FOLDS = 5
-"""Number of folds of the cross-validation that compares the regression with a constant."""
+"""Number of folds of a cross-validation."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,28 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class FirstOrder:
-    """Fitted first-order weights.
+class Weights:
+    """First-order weights.
 
     Attributes:
         tables: ``[rows, 1]`` float32 by table.
         numbers: ``[n_dense]`` float32.
         vectors: ``[dim]`` float32 by vector field.
         bias: log-odds of a row whose other terms are 0.
+    """
+
+    tables: Mapping[str, Tensor]
+    numbers: Tensor
+    vectors: Mapping[str, Tensor]
+    bias: float
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """A regression fitted to the training rows.
+
+    Attributes:
+        weights: the weights.
         share: of the regression in the log-odds; the rest is a constant.
         log_loss: cross-validated on the training rows, of the full regression.
         constant_log_loss: the same for the constant.
@@ -117,14 +131,26 @@ class FirstOrder:
             each vector field, before they are multiplied by ``share``.
     """
 
-    tables: Mapping[str, Tensor]
-    numbers: Tensor
-    vectors: Mapping[str, Tensor]
-    bias: float
+    weights: Weights
     share: float
     log_loss: float
     constant_log_loss: float
-    deviations: Mapping[str, float] = field(default_factory=dict)
+    deviations: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class CrossFit:
+    """Regressions of which each does not know the rows of one fold.
+
+    Attributes:
+        weights: of the regression without fold k.
+        constants: ``[K]`` log-odds of a positive in the rows that each knows.
+        held_out: ``[B]`` log-odds of each row by the regression that does not know it.
+    """
+
+    weights: Sequence[Weights]
+    constants: Float64Array
+    held_out: Float64Array
 
 
 def fit_first_order(dataset: PreparedDataset) -> FirstOrder:
@@ -132,60 +158,105 @@ def fit_first_order(dataset: PreparedDataset) -> FirstOrder:
 
     Tables that several fields share have one weight per row, and one prior.
     """
-    manifest = dataset.manifest
-    train = dataset.rows("train")
-    assert train.labels is not None
-    batch = Collator(dataset)(train.users, train.items, train.context, np.arange(train.n))
-    names, lengths_of_vectors = [*manifest.tables], manifest.vectors
-    offsets = np.r_[0, np.cumsum([manifest.tables[name].rows for name in names])]
-    first_of = dict(zip(names, offsets, strict=False))
-    rows, columns, values = [], [], []
-    for one in manifest.categorical:
-        bags = batch.sparse[one.name]
-        lengths = bags.lengths().numpy()
-        power = POWERS[one.pooling] if one.multi_valued else 0.0
-        rows.append(np.repeat(np.arange(train.n), lengths))
-        columns.append(first_of[one.table_name] + bags.values().numpy().astype(np.int64))
-        values.append(np.repeat(np.maximum(lengths, 1) ** -power, lengths))
-    n_dense = len(manifest.dense)
-    sizes = [*np.diff(offsets), n_dense, *lengths_of_vectors.values(), 1]
-    bias = sum(sizes) - 1
-    rows.append(np.repeat(np.arange(train.n), n_dense + 1))
-    columns.append(np.tile(np.r_[offsets[-1] + np.arange(n_dense), bias], train.n))
-    numbers = np.c_[batch.dense[:, :n_dense].numpy().astype(np.float64), np.ones(train.n)]
-    values.append(numbers.ravel())
-    inputs = Inputs(
-        rows=np.concatenate(rows),
-        columns=np.concatenate(columns),
-        values=np.concatenate(values),
-        groups=np.repeat(np.arange(len(sizes)), sizes),
-        n_rows=train.n,
-        vectors=_vector_inputs(dataset, train, int(offsets[-1]) + n_dense),
-    )
-    row_weights = np.ones(train.n) if train.weights is None else train.weights.astype(np.float64)
-    labels = train.labels.astype(np.float64)
+    columns = _Columns(dataset)
+    inputs, labels, row_weights = columns.of(dataset.rows("train"))
     weights, precisions = fit(inputs, labels, row_weights)
     held_out, constants = cross_validate(inputs, labels, row_weights, weights, precisions)
     weights, share = _with_constant(weights, held_out, constants, labels, row_weights)
-    groups = dict(zip([*names, "numbers", *lengths_of_vectors], range(len(sizes)), strict=False))
-    if not n_dense:
-        del groups["numbers"]
     return FirstOrder(
-        {
-            name: torch.from_numpy(weights[begin:end, None]).float()
-            for name, begin, end in zip(names, offsets, offsets[1:], strict=False)
-        },
-        torch.from_numpy(weights[offsets[-1] : offsets[-1] + n_dense]).float(),
-        {
-            name: torch.from_numpy(weights[block.columns]).float()
-            for name, block in zip(lengths_of_vectors, inputs.vectors, strict=True)
-        },
-        bias=float(weights[-1]),
+        columns.weights(weights),
         share=share,
         log_loss=log_loss(held_out, labels, row_weights),
         constant_log_loss=log_loss(constants, labels, row_weights),
-        deviations={name: float(precisions[g] ** -0.5) for name, g in groups.items()},
+        deviations=columns.deviations(precisions),
     )
+
+
+def fit_folds(dataset: PreparedDataset, rows: Rows, fold_of: npt.NDArray[np.integer]) -> CrossFit:
+    """Fits the first-order weights once for each fold, to the rows of the others.
+
+    The priors are estimated from all rows.
+
+    Args:
+        dataset: the data.
+        rows: with labels.
+        fold_of: ``[B]`` the fold of each, from 0 on.
+    """
+    columns = _Columns(dataset)
+    inputs, labels, row_weights = columns.of(rows)
+    weights, precisions = fit(inputs, labels, row_weights)
+    fitted, constants = cross_fit(inputs, labels, row_weights, weights, precisions, fold_of)
+    held_out = _out_of_fold(inputs, fitted, fold_of)
+    return CrossFit([columns.weights(each) for each in fitted], constants, held_out)
+
+
+def folds(n_rows: int) -> npt.NDArray[np.int64]:
+    """``[n_rows]`` from 0 to ``FOLDS`` - 1: which fold each row belongs to, the same every time."""
+    return np.random.default_rng(0).permutation(n_rows) % FOLDS
+
+
+class _Columns:
+    """Which columns of `Inputs` are the weights of which table, numeric or vector field.
+
+    Args:
+        dataset: the data.
+    """
+
+    def __init__(self, dataset: PreparedDataset) -> None:
+        manifest = dataset.manifest
+        self._dataset, self._names = dataset, [*manifest.tables]
+        self._vectors, self._n_dense = manifest.vectors, len(manifest.dense)
+        self._offsets = np.r_[0, np.cumsum([manifest.tables[name].rows for name in self._names])]
+        n_rows = np.diff(self._offsets)
+        self._sizes = [*n_rows, self._n_dense, *self._vectors.values(), 1]
+
+    def of(self, rows: Rows) -> tuple[Inputs, Float64Array, Float64Array]:
+        """The matrix of some rows, their labels and their weights, ``[B]`` each."""
+        dataset, offsets, n, n_dense = self._dataset, self._offsets, rows.n, self._n_dense
+        assert rows.labels is not None
+        batch = Collator(dataset)(rows.users, rows.items, rows.context, np.arange(n))
+        first_of = dict(zip(self._names, offsets, strict=False))
+        places, columns, values = [], [], []
+        for one in dataset.manifest.categorical:
+            bags = batch.sparse[one.name]
+            lengths = bags.lengths().numpy()
+            power = POWERS[one.pooling] if one.multi_valued else 0.0
+            places.append(np.repeat(np.arange(n), lengths))
+            columns.append(first_of[one.table_name] + bags.values().numpy().astype(np.int64))
+            values.append(np.repeat(np.maximum(lengths, 1) ** -power, lengths))
+        places.append(np.repeat(np.arange(n), n_dense + 1))
+        bias = sum(self._sizes) - 1
+        columns.append(np.tile(np.r_[offsets[-1] + np.arange(n_dense), bias], n))
+        numbers = np.c_[batch.dense[:, :n_dense].numpy().astype(np.float64), np.ones(n)]
+        values.append(numbers.ravel())
+        inputs = Inputs(
+            rows=np.concatenate(places),
+            columns=np.concatenate(columns),
+            values=np.concatenate(values),
+            groups=np.repeat(np.arange(len(self._sizes)), self._sizes),
+            n_rows=n,
+            vectors=_vector_inputs(dataset, rows, int(offsets[-1]) + n_dense),
+        )
+        row_weights = np.ones(n) if rows.weights is None else rows.weights.astype(np.float64)
+        return inputs, rows.labels.astype(np.float64), row_weights
+
+    def weights(self, weights_W: Float64Array) -> Weights:
+        """By table and field."""
+        pieces = np.split(weights_W.astype(np.float32), np.cumsum(self._sizes)[:-1])
+        tensors = [torch.from_numpy(piece) for piece in pieces]
+        n_tables = len(self._names)
+        return Weights(
+            {name: t[:, None] for name, t in zip(self._names, tensors, strict=False)},
+            tensors[n_tables],
+            dict(zip(self._vectors, tensors[n_tables + 1 : -1], strict=True)),
+            bias=float(weights_W[-1]),
+        )
+
+    def deviations(self, precisions_G: Float64Array) -> dict[str, float]:
+        """Standard deviations of the priors, by table and field; without the bias."""
+        names = [*self._names, "numbers", *self._vectors]
+        deviations = zip(names, precisions_G.tolist(), strict=False)
+        return {k: p**-0.5 for k, p in deviations if k != "numbers" or self._n_dense}
 
 
 def _vector_inputs(dataset: PreparedDataset, train: Rows, first: int) -> tuple[VectorInputs, ...]:
@@ -244,28 +315,63 @@ def cross_validate(
 ) -> tuple[Float64Array, Float64Array]:
     """Out-of-fold log-odds of each row by the regression and by a constant.
 
-    Both are fitted to the other folds, with fixed priors.
+    Args:
+        inputs: of the rows.
+        labels: ``[B]`` 0 or 1.
+        row_weights: ``[B]``.
+        weights: ``[W]`` of the regression on all rows, from which each fit starts.
+        precisions: ``[G]`` of its priors, which are fixed.
+
+    Returns:
+        ``[B]`` by the regression and ``[B]`` by the constant.
+    """
+    fold_of = folds(inputs.n_rows)
+    fitted, constants = cross_fit(inputs, labels, row_weights, weights, precisions, fold_of)
+    return _out_of_fold(inputs, fitted, fold_of), constants[fold_of]
+
+
+def cross_fit(
+    inputs: Inputs,
+    labels: Float64Array,
+    row_weights: Float64Array,
+    weights: Float64Array,
+    precisions: Float64Array,
+    fold_of: npt.NDArray[np.integer],
+) -> tuple[Float64Array, Float64Array]:
+    """A regression and a constant for each fold, fitted to the rows of the other folds.
 
     Args:
         inputs: of the rows.
         labels: ``[B]`` 0 or 1.
         row_weights: ``[B]``.
         weights: ``[W]`` of the regression on all rows, from which each fit starts.
-        precisions: ``[G]`` of its priors.
+        precisions: ``[G]`` of its priors, which stay.
+        fold_of: ``[B]`` the fold of each row, from 0 on.
 
     Returns:
-        ``[B]`` by the regression and ``[B]`` by the constant.
+        ``[K, W]`` weights and ``[K]`` constants; where the labels of the others are all the same,
+        the weights are the constant.
     """
-    held_out, constants = np.zeros(inputs.n_rows), np.zeros(inputs.n_rows)
-    fold_of = np.random.default_rng(0).permutation(inputs.n_rows) % FOLDS
-    for fold in range(FOLDS):
-        is_in_fold = fold_of == fold
-        others = row_weights * ~is_in_fold
-        held_out[is_in_fold] = constants[is_in_fold] = _log_odds(labels, others)
+    fitted, constants = [], []
+    for fold in range(int(fold_of.max()) + 1):
+        others = row_weights * (fold_of != fold)
+        constants.append(_log_odds(labels, others))
+        of_fold = np.zeros(len(weights))
+        of_fold[-1] = constants[-1]
         if 0 < others @ labels < others.sum():
-            fitted, _ = _newton(inputs, labels, others, weights, precisions[inputs.groups], None)
-            held_out[is_in_fold] = inputs.logits(fitted)[is_in_fold]
-    return held_out, constants
+            of_fold, _ = _newton(inputs, labels, others, weights, precisions[inputs.groups], None)
+        fitted.append(of_fold)
+    return np.array(fitted), np.array(constants)
+
+
+def _out_of_fold(
+    inputs: Inputs, fitted: Float64Array, fold_of: npt.NDArray[np.integer]
+) -> Float64Array:
+    """``[B]`` log-odds of each row by the weights, of ``[K, W]``, that do not know it."""
+    held_out = np.zeros(inputs.n_rows)
+    for fold, weights in enumerate(fitted):
+        held_out[fold_of == fold] = inputs.logits(weights)[fold_of == fold]
+    return held_out
 
 
 def _with_constant(

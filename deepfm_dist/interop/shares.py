@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 Float64Array = npt.NDArray[np.float64]
-NODES = 21
-"""Nodes of the Gauss-Legendre quadrature over a share."""
+NODES = {1: 21, 2: 21, 3: 9}
+"""Nodes of the Gauss-Legendre quadrature over each share, by the number of shares."""
 
 
 def log_loss(logits: Float64Array, labels: Float64Array, row_weights: Float64Array) -> float:
@@ -43,15 +43,17 @@ def mean_shares(
 
     Args:
         base: ``[B]`` log-odds by the simple model.
-        additions: ``[B]`` each: contributions of the parts. An addition that is 0 everywhere has no
-            effect.
+        additions: ``[B]`` each, at most three: contributions of the parts. An addition that is 0
+            everywhere has no effect.
         labels: ``[B]`` 0 or 1.
         row_weights: ``[B]``; only their ratios matter.
 
     Returns:
         A share from 0 to 1 for each addition.
     """
-    nodes, widths = np.polynomial.legendre.leggauss(NODES)
+    if not additions:
+        return []
+    nodes, widths = np.polynomial.legendre.leggauss(NODES[len(additions)])
     grid = np.array([*itertools.product((nodes + 1) / 2, repeat=len(additions))])
     volumes = np.array([*itertools.product(widths, repeat=len(additions))]).prod(1)
     parts = np.reshape(additions, (len(additions), len(labels)))

@@ -1,7 +1,9 @@
 """Steps after the training loop, which produce the final checkpoints.
 
 For a model of labelled rows that started from a logistic regression, ``runs/NAME/selected`` is the
-regression plus a share of each trained part (`deepfm_dist.jobs.first_order`).
+regression plus a share of each trained part (`deepfm_dist.jobs.first_order`), and
+``runs/NAME/refit`` the mean of several models of training and validation rows
+(`deepfm_dist.jobs.cross_fit`).
 
 For a model that ranks, ``runs/NAME/selected`` is the best checkpoint of the loop with EASE's
 columns (`deepfm_dist.interop.linear`), whose settings are chosen on the validation rows, or by
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 
 from deepfm_dist.build import deepfm_of, training_batches
-from deepfm_dist.config import Config, with_settings
+from deepfm_dist.config import Config
 from deepfm_dist.data.batches.histories import HistorySampler, hold_out
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.jagged import Jagged, offsets_of
@@ -40,6 +42,7 @@ from deepfm_dist.errors import ConfigError
 from deepfm_dist.interop.combine import FACTORS_BYTES, ease_tables, groups_of_items
 from deepfm_dist.interop.linear import Linear, Validation, search
 from deepfm_dist.jobs import first_order
+from deepfm_dist.jobs.cross_fit import CrossFitting, with_all_models
 from deepfm_dist.jobs.new_run import save_new_run
 from deepfm_dist.jobs.widen import add_model, empty_model, put_ease, shard_to_widen
 from deepfm_dist.log import MetricsLog
@@ -85,9 +88,13 @@ def check(config: Config, manifest: Manifest) -> None:
     has_ease = config.model.linear == "ease"
     has_end = has_ease or config.trainer.refit_best
     option = "model.linear=ease" if has_ease else "trainer.refit_best=true"
-    if has_end and config.trainer.loss == "bce":
+    if has_end and config.trainer.loss == "bce" and not first_order.can_be_cross_fitted(config):
+        has_labels = config.data.task == "ctr" and not has_ease
         raise ConfigError(
-            f"{option}: for models that are trained on users; leave it out, or use "
+            f"{option}: with labels, for training from a logistic regression without an over-arch "
+            f"of your own (model.linear=logistic, model.over_arch=mlp); leave it out"
+            if has_labels
+            else f"{option}: for models that are trained on users; leave it out, or use "
             f"trainer.loss=softmax"
         )
     if has_ease and (config.model.deep or not config.model.fm):
@@ -141,7 +148,7 @@ class Finish:
         if self.config.model.linear == "logistic":
             if SELECTED in parts:
                 self._blend(step)
-            return True
+            return REFIT not in parts or self._cross_fit(step)
         if SELECTED in parts:
             model, _ = shard_to_widen(self.config, self.dataset.manifest, self.world)
             path = find_checkpoint(self.config.run_dir, step)
@@ -177,6 +184,26 @@ class Finish:
         marker = self._marker(SELECTED, step, with_choice(self.choices, choice))
         manifest, world = self.dataset.manifest, self.world
         save_new_run(target, manifest, world, model, optimizer, step=step, more=marker)
+
+    def _cross_fit(self, step: int) -> bool:
+        """Saves the mean of the models of the folds; False if a signal stopped it."""
+        fitting = CrossFitting(self.config, self.dataset, self.world, self.asked_to_stop)
+        mean = fitting.mean(step)
+        if mean is None:
+            return False
+        choice = Choice("trainer.refit_best", True, mean.text)
+        self._say(choice)
+        marker = self._marker(REFIT, mean.steps, with_choice(self.choices, choice))
+        save_new_run(
+            with_all_models(self._target(REFIT)),
+            self.dataset.manifest,
+            self.world,
+            mean.model,
+            mean.optimizer,
+            step=mean.steps,
+            more=marker,
+        )
+        return True
 
     def _target(self, part: str) -> Config:
         """Settings of a run within this one's folder."""
@@ -292,17 +319,8 @@ class Finish:
         per_epoch = training_batches(self.config, self.dataset, self.world).steps_per_epoch
         batches = training_batches(self.config, later, self.world)
         steps = max(1, round(best_step / per_epoch * batches.steps_per_epoch))
-        settings = {
-            "trainer.max_steps": steps,
-            "trainer.epochs": -(-steps // batches.steps_per_epoch),
-            "trainer.monitor": None,
-            "trainer.patience": None,
-            "trainer.plateau_factor": 1.0,
-            "trainer.min_delta": 0.0,
-        }
-        config = with_settings(self.config, settings).with_run_name_on_same_data(
-            f"{self.config.run.name}/{REFIT}"
-        )
+        trainer_config = self.config.trainer.for_steps(steps, batches.steps_per_epoch)
+        config = self._target(REFIT).model_copy(update={"trainer": trainer_config})
         model, optimizer = shard_to_widen(self.config, later.manifest, self.world)
         if config.checkpoint.start_from is not None:  # so did the loop, which shortened it
             saved = read_checkpoint(folder_of(config.checkpoint.start_from), "auto", ())

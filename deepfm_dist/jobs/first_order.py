@@ -22,7 +22,7 @@ from deepfm_dist.distributed.sharding import DistributedModelParallel, local_sha
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.interop.combine import put_columns
-from deepfm_dist.interop.logistic import fit_first_order
+from deepfm_dist.interop.logistic import Weights, fit_first_order
 from deepfm_dist.interop.shares import log_loss, mean_shares
 from deepfm_dist.jobs.widen import shard_to_widen
 from deepfm_dist.model.deepfm import VECTOR_FACTORS, VECTOR_FIRST_ORDER
@@ -64,11 +64,20 @@ def is_blended(config: Config, manifest: Manifest) -> bool:
     cannot be rescaled; nor if the start was not saved.
     """
     return (
-        config.model.linear == "logistic"
+        can_be_cross_fitted(config)
         and config.monitor == "log_loss"
         and manifest.splits["valid"].rows > 0
-        and (not config.model.deep or config.model.over_arch == "mlp")
         and 0 in complete_steps(config.run_dir)
+    )
+
+
+def can_be_cross_fitted(config: Config) -> bool:
+    """Whether a finished run can end with a `cross_fit`.
+
+    Not with an over-arch of the user's own, whose input cannot be rescaled.
+    """
+    return config.model.linear == "logistic" and (
+        not config.model.deep or config.model.over_arch == "mlp"
     )
 
 
@@ -83,13 +92,7 @@ def put_first_order(
     """
     fitted = world.broadcast(world.run_on_rank0("logistic", lambda: fit_first_order(dataset)))
     assert fitted is not None
-    above = deepfm_of(sharded).interaction_arch
-    put_columns(sharded, above.embedding_dim, fitted.tables)
-    above.bias.fill_(fitted.bias)
-    if above.dense_first_order is not None:
-        above.dense_first_order.copy_(fitted.numbers)
-    for name, weights in fitted.vectors.items():
-        above.get_parameter(f"{VECTOR_FIRST_ORDER}{name}").copy_(weights)
+    put_weights(fitted.weights, sharded)
     choice = Choice(
         "model.linear",
         "logistic",
@@ -101,6 +104,18 @@ def put_first_order(
         deviations = ", ".join(f"{name} {value:.3g}" for name, value in fitted.deviations.items())
         log.info("%s; standard deviations: %s", choice.reason, deviations)
     return choice
+
+
+@torch.no_grad()
+def put_weights(weights: Weights, sharded: DistributedModelParallel) -> None:
+    """Makes a regression the first-order weights of a model. All ranks."""
+    above = deepfm_of(sharded).interaction_arch
+    put_columns(sharded, above.embedding_dim, weights.tables)
+    above.bias.fill_(weights.bias)
+    if above.dense_first_order is not None:
+        above.dense_first_order.copy_(weights.numbers)
+    for name, of_field in weights.vectors.items():
+        above.get_parameter(f"{VECTOR_FIRST_ORDER}{name}").copy_(of_field)
 
 
 def blend(
@@ -125,7 +140,7 @@ def blend(
     over_arch = deepfm_of(model).interaction_arch.over_arch
     rows = RowEvaluator(dataset, "valid")
     load(find_checkpoint(config.run_dir, 0), world, model)
-    start_weights = [weights.clone() for weights in _first_order_weights(model)]
+    start_weights = [weights.clone() for weights in first_order_weights(model)]
     scored = [rows.scored_rows(model, world)]
     if best_step:
         load(find_checkpoint(config.run_dir, best_step), world, model)
@@ -157,8 +172,9 @@ def _shares(scored: Sequence[ScoredRows | None], log_odds: float) -> tuple[list[
     shares = mean_shares(logits[0], additions, labels, weights)
     blended = logits[0] + sum(s * part for s, part in zip(shares, additions, strict=True))
     constant = np.full(len(labels), log_odds)
-    parts = ("what the factors and first-order weights learned", "the over-arch")
-    added = " and ".join(f"{s:.2f} of {part}" for s, part in zip(shares, parts, strict=False))
+    names = ("what the factors and first-order weights learned", "the over-arch")
+    parts = zip(shares, names, strict=False)
+    added = " and ".join(f"{share:.2f} of {part}" for share, part in parts)
     losses = [log_loss(each, labels, weights) for each in (blended, *logits[[0, -1]], constant)]
     return shares, (
         f"training adds {added or 'nothing'}: validation log loss {losses[0]:.4f}; of the start "
@@ -177,11 +193,11 @@ def _apply(
 
     Args:
         model: the trained one.
-        start_weights: from `_first_order_weights`.
+        start_weights: from `first_order_weights`.
         shares: of the FM and, with an over-arch, of its output.
     """
     arch = deepfm_of(model).interaction_arch
-    for weights, start in zip(_first_order_weights(model), start_weights, strict=True):
+    for weights, start in zip(first_order_weights(model), start_weights, strict=True):
         weights.copy_(start + shares[0] * (weights - start))
     scale = 1.0 if arch.fm is None else max(shares[0], SMALLEST_SHARE) ** 0.5
     for *_, shard in local_shards(model):
@@ -209,7 +225,7 @@ def _without_output(over_arch: OverArch) -> Iterator[None]:
         each.copy_(values)
 
 
-def _first_order_weights(model: DistributedModelParallel) -> list[Tensor]:
+def first_order_weights(model: DistributedModelParallel) -> list[Tensor]:
     """Views of this rank's first-order weights and bias, in the same order at every call."""
     arch = deepfm_of(model).interaction_arch
     weights = [shard.detach()[:, arch.embedding_dim] for *_, shard in local_shards(model)]

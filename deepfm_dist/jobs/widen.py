@@ -1,4 +1,4 @@
-"""Combines models as columns of a wider FM, whose logit is the sum of theirs."""
+"""Combines models as columns of a wider one, whose logit is the sum of theirs."""
 
 from collections.abc import Callable, Mapping
 
@@ -11,7 +11,8 @@ from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.distributed.settings import ShardingConfig
 from deepfm_dist.distributed.sharding import DistributedModelParallel, local_shards
 from deepfm_dist.distributed.world import World
-from deepfm_dist.interop.combine import add_dense, add_tables, put_columns
+from deepfm_dist.interop.combine import add_dense, add_over_arch, add_tables, put_columns
+from deepfm_dist.model.over_arch import OverArch
 
 
 def shard_to_widen(
@@ -46,6 +47,8 @@ def add_model(
     dim, width = part.embedding_dim, whole.embedding_dim
     add_tables(model, target, (dim, width), column, share)
     add_dense(part, whole, column, share)
+    if isinstance(part.over_arch, OverArch) and isinstance(whole.over_arch, OverArch):
+        add_over_arch(part.over_arch, whole.over_arch, (dim, width), column, share)
     return column + dim
 
 

@@ -161,7 +161,9 @@ def _clicks(folder: Path, effect: float, pairs: float = 0.0, **sections: Any) ->
         ],
         "split": {"valid": 0.2, "test": 0.2},
     }
-    return config_from({"run": roots | {"loggers": []}, "data": data, **sections})
+    trainer = {"refit_best": False} | sections.pop("trainer", {})
+    run = roots | {"loggers": []}
+    return config_from({"run": run, "data": data, "trainer": trainer, **sections})
 
 
 def _logits_of_start(config: Config) -> tuple[list[float], dict[str, list[float]], float]:
@@ -187,16 +189,22 @@ def test_the_model_starts_from_it_on_any_number_of_ranks(tmp_path: Path) -> None
     assert train_rows.weights is not None and train_rows.labels is not None
     values, bags = train_rows.context["a"], train_rows.context["tags"]
     assert isinstance(bags, Jagged)
-    mean = [fitted.tables["tags"][bag].mean().item() for bag in bags.lists()]
+    mean = [fitted.weights.tables["tags"][bag].mean().item() for bag in bags.lists()]
     assert isinstance(values, np.ndarray)
-    logits = fitted.tables["a"][torch.tensor(values), 0].numpy() + np.array(mean) + fitted.bias
-    logits += fitted.numbers[0].item() * np.asarray(train_rows.context["x"])
+    logits = (
+        fitted.weights.tables["a"][torch.tensor(values), 0].numpy()
+        + np.array(mean)
+        + fitted.weights.bias
+    )
+    logits += fitted.weights.numbers[0].item() * np.asarray(train_rows.context["x"])
     positive = train_rows.weights @ train_rows.labels + 0.5
     constant = np.log(positive / (train_rows.weights.sum() + 1 - positive))
     logits = constant + (logits - constant) / fitted.share  # the regression itself
     residual = train_rows.weights * (train_rows.labels - 1 / (1 + np.exp(-logits)))
     by_value = np.bincount(np.asarray(values), residual)
-    held_back = fitted.tables["a"][:, 0].numpy() / fitted.share / fitted.deviations["a"] ** 2
+    held_back = (
+        fitted.weights.tables["a"][:, 0].numpy() / fitted.share / fitted.deviations["a"] ** 2
+    )
     assert by_value == pytest.approx(held_back[: len(by_value)], abs=0.05)
     assert residual.sum() == pytest.approx(0, abs=0.05)
     alone, [one, two] = (
@@ -204,10 +212,10 @@ def test_the_model_starts_from_it_on_any_number_of_ranks(tmp_path: Path) -> None
         run_ranks(_logits_of_start, 2, config),
     )
     for numbers, _, bias in (alone, one, two):
-        assert numbers == pytest.approx(fitted.numbers.tolist())
-        assert bias == pytest.approx(fitted.bias)
+        assert numbers == pytest.approx(fitted.weights.numbers.tolist())
+        assert bias == pytest.approx(fitted.weights.bias)
     for table in ("a", "tags"):
-        assert alone[1][table] == pytest.approx(fitted.tables[table][:, 0].tolist())
+        assert alone[1][table] == pytest.approx(fitted.weights.tables[table][:, 0].tolist())
         assert one[1].get(table, []) + two[1].get(table, []) == alone[1][table]
 
 

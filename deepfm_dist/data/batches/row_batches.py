@@ -56,6 +56,7 @@ class TrainingBatches:
         seed: of order and negatives.
         threads: that prefetch batches; at most one for a streamed dataset.
         id_dropout: share of user and item ids that each step replaces by the unknown id.
+        rows: columns of the rows to train on, in memory; default: the training rows.
 
     Attributes:
         source: the training rows.
@@ -78,6 +79,7 @@ class TrainingBatches:
         seed: int,
         threads: int = 0,
         id_dropout: float = 0.0,
+        rows: Mapping[str, Values] | None = None,
     ) -> None:
         manifest = dataset.manifest
         _check(manifest)
@@ -88,7 +90,8 @@ class TrainingBatches:
         self._histories = HistorySampler(dataset, seed) if manifest.has_history else None
         self._label_shares = manifest.label_shares
         self._copies = copies = 1 + manifest.data.negatives.per_positive if manifest.sampled else 1
-        self.rows_per_epoch = manifest.splits["train"].rows * copies
+        n_rows = manifest.splits["train"].rows if rows is None else len(next(iter(rows.values())))
+        self.rows_per_epoch = n_rows * copies
         self.batch_size = min(batch_size, self.rows_per_epoch)
         self.local_batch_size = local_batch_size(self.batch_size, world_size, "row")
         self.steps_per_epoch = -(-self.rows_per_epoch // self.batch_size)
@@ -96,7 +99,9 @@ class TrainingBatches:
         columns = dataset.row_columns("train")
         self.source: InMemoryRows | Lanes
         self.threads = threads
-        if manifest.splits["train"].size_bytes <= dataset.memory_bytes:
+        if rows is not None:
+            self.source = InMemoryRows(rows, copies, seed)
+        elif manifest.splits["train"].size_bytes <= dataset.memory_bytes:
             self.source = InMemoryRows(dataset.columns("train", columns), copies, seed)
         else:
             self.threads = min(threads, 1)  # lanes are read in order

@@ -1,0 +1,116 @@
+"""Models of the folds of a click log, and their mean as one model."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from deepfm_dist.config import Config, config_from, with_settings
+from deepfm_dist.data.dataset import PreparedDataset, Rows
+from deepfm_dist.distributed.checkpoint import find_checkpoint, read_state
+from deepfm_dist.distributed.process_group import process_group
+from deepfm_dist.distributed.sharding import DistributedModelParallel
+from deepfm_dist.distributed.world import World
+from deepfm_dist.interop.logistic import fit_folds, folds
+from deepfm_dist.jobs.cross_fit import CrossFitting, _taken, kinds_of
+from deepfm_dist.jobs.first_order import put_weights
+from deepfm_dist.jobs.train import train
+from deepfm_dist.jobs.widen import empty_model
+from deepfm_dist.recipe import choices_in
+from deepfm_dist.runs.trained import find_run, open_trained
+from deepfm_dist.storage import delete_tree
+from deepfm_dist.training.evaluation import RowEvaluator
+from tests.interop.test_logistic import _clicks
+from tests.ranks import run_in_fork, run_ranks
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def _config(folder: Path) -> Config:
+    trainer = {"max_steps": 8, "refit_best": True}
+    model = {"dropout": 0, "embedding_dim": 4, "over_arch_layer_sizes": [12, 6]}
+    optimizer = {"tables": {"lr": 0.05}, "dense": {"lr": 0.02}}
+    return _clicks(folder, 0.5, 0.4, model=model, trainer=trainer, optimizer=optimizer)
+
+
+def _text(config: Config) -> str:
+    train(config)
+    path = find_checkpoint(config.run_dir, "auto")
+    assert (path.parents[1].name, path.name) == ("refit", "step_00000008")
+    [choice] = [c for c in choices_in(read_state(path)) if c.setting == "trainer.refit_best"]
+    return choice.reason
+
+
+def _logits(model: DistributedModelParallel, world: World, dataset: PreparedDataset) -> FloatArray:
+    model.eval()
+    rows = RowEvaluator(dataset, "test").scored_rows(model, world)
+    assert rows is not None
+    return rows.logits
+
+
+def _agrees_with_its_parts(folder: Path) -> str:
+    config = _config(folder)
+    text = _text(config)
+    delete_tree(config.run_dir / "refit")  # as if it had been killed before the end
+    assert _text(config) == text
+    with process_group("cpu") as world:
+        used = open_trained(config, (), world)
+        dataset = used.dataset
+        config = config_from(read_state(used.checkpoint)["trained_config"])
+        assert used.config.model.embedding_dim == 2 * 5 * 4
+        assert used.config.model.over_arch_layer_sizes == (60, 30)
+        fitting = CrossFitting(config, dataset, world, lambda: False)
+        columns = fitting._columns()
+        rows, fold_of = Rows.of(columns), folds(1_200 - 240)
+        assert rows.labels is not None and rows.weights is not None
+        log = dataset.rows("train"), dataset.rows("valid")
+        assert rows.labels.tolist() == [y for part in log for y in part.labels]
+        starts = fit_folds(dataset, rows, fold_of)
+        regression, of_kinds = np.zeros(240), np.zeros((2, 240))
+        out_of_fold = np.zeros((2, rows.n))
+        for fold, start in enumerate(starts.weights):
+            alone, _ = empty_model(config, dataset.manifest, world)
+            put_weights(start, alone)
+            regression += _logits(alone, world, dataset) / 5
+            for kind, settings in enumerate(kinds_of(config)):
+                trained = fitting._train(
+                    settings, fold, start, _taken(columns, fold_of != fold), steps=8
+                )
+                assert trained is not None
+                of_kinds[kind] += _logits(trained[0], world, dataset) / 5
+                own = Rows.of(_taken(columns, fold_of == fold))
+                out_of_fold[kind, fold_of == fold] = fitting._logits(trained[0], own)
+        logits = _logits(used.sharded, world, dataset)
+    constant = starts.constants.mean()
+    parts = np.stack([regression - constant, *(of_kinds - regression)], 1)
+    exact = np.linalg.lstsq(parts, logits - constant, rcond=None)[0]
+    shares = [float(share) for share in re.findall(r"(\d\.\d\d) of", text)]
+    assert exact == pytest.approx(shares, abs=0.006)
+    assert logits == pytest.approx(constant + parts @ exact, abs=1e-4)
+    figures = [float(figure) for figure in re.findall(r"0\.\d{4}", text)]
+    scores = [starts.held_out, starts.constants[fold_of]]
+    for figure, of_rows in zip(figures[1:], [*out_of_fold, *scores], strict=True):
+        losses = np.log1p(np.exp(np.where(rows.labels == 1, -of_rows, of_rows)))
+        assert figure == pytest.approx(np.average(losses, weights=rows.weights), abs=6e-5)
+    assert figures[0] < min(figures[1:])
+    return text
+
+
+def test_the_mean_is_one_model_on_any_number_of_ranks_and_after_a_kill(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    text = run_in_fork(_agrees_with_its_parts, tmp_path / "one")
+    assert run_ranks(_text, 2, _config(tmp_path / "two")) == [text, text]
+
+
+def _without(folder: Path) -> None:
+    config = with_settings(_config(folder), {"run.name": "fm", "model.deep": False})
+    text = _text(config)
+    assert "of FM on top" in text and "DeepFM" not in text
+    assert find_run(config, ()).config.model.embedding_dim == 5 * 4
+
+
+def test_a_model_without_an_over_arch_has_folds_of_its_own_kind(tmp_path: Path) -> None:
+    run_in_fork(_without, tmp_path)
