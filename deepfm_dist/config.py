@@ -21,8 +21,14 @@ from deepfm_dist.errors import ConfigError
 from deepfm_dist.messages import nearest, short
 from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.ranking.settings import EvaluateConfig, RecommendConfig, SimilarConfig
-from deepfm_dist.recipe import Choice, choose, trains_on_users, with_history
-from deepfm_dist.section import AUTO, Section
+from deepfm_dist.recipe import (
+    Choice,
+    choose,
+    saved_choices,
+    trains_on_users,
+    with_history,
+)
+from deepfm_dist.section import Section
 from deepfm_dist.setting_errors import config_error
 from deepfm_dist.storage import (
     folder_of,
@@ -39,7 +45,6 @@ from deepfm_dist.typed_yaml import (
     parse_override,
     parse_scalars,
     set_value,
-    value_at,
 )
 
 NAMED = [BUNDLE / "configs"]
@@ -272,8 +277,7 @@ def resolve(
         The configuration, and the choices with their reasons.
     """
     if saved is not None:
-        earlier = {name: value_at(saved, name, AUTO) for name, _ in config.auto_settings()}
-        config = with_settings(config, {n: v for n, v in earlier.items() if v != AUTO})
+        config = with_settings(config, saved_choices(config, saved))
     choices = choose(config, manifest)
     decided = dict(config.auto_settings()) | {choice.setting: choice.value for choice in choices}
     return with_settings(config, decided, "chosen for this log"), choices

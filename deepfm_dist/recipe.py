@@ -22,6 +22,7 @@ from deepfm_dist.data.schema import Negatives
 from deepfm_dist.messages import plural
 from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.section import AUTO, Section
+from deepfm_dist.typed_yaml import value_at
 
 HISTORY_NAMES = ("seen", "seen_items", "history_of_items")
 """Candidate names of the added field; the first unused one is taken."""
@@ -211,6 +212,26 @@ def _states_an_over_arch(model: Mapping[str, Any]) -> str | None:
         if _is_stated(ModelConfig, name, model.get(name, AUTO)):
             return f"model.{name} is set, and it is the over-arch's"
     return None
+
+
+def saved_choices(config: Section, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a continued run keeps of its saved settings where the user leaves them out.
+
+    Args:
+        config: the whole configuration.
+        saved: settings of the run that is continued.
+
+    Returns:
+        Values by dotted name.
+    """
+    kept = {name: value_at(saved, name, AUTO) for name, _ in config.auto_settings()}
+    epochs = _Draft(config).get("trainer.epochs")
+    is_longer = "trainer.epochs" not in kept and epochs != value_at(saved, "trainer.epochs")
+    if is_longer and kept.get("optimizer.tables.decay") == "linear":
+        # Chosen again: after the planned epochs the rate is 0.
+        for name in ("decay", "decay_steps"):
+            kept.pop(f"optimizer.tables.{name}", None)
+    return {name: value for name, value in kept.items() if value != AUTO}
 
 
 def choose(config: Section, manifest: Manifest) -> list[Choice]:
@@ -444,6 +465,11 @@ def _for_users(draft: "_Draft", manifest: Manifest) -> None:
     if draft.get("optimizer.tables.name", "adam", "moves every row at every step") == "adam":
         draft.choose("optimizer.tables.lr", 0.003, "of adam on tables that begin near 0")
         draft.choose("optimizer.tables.l2", 1e-4 if dim == 64 else 3e-5, f"{dim} columns")
+        if is_measured:
+            draft.choose("optimizer.tables.decay", "linear", "ranks better than a constant rate")
+        if draft.get("optimizer.tables.decay") != "constant":
+            planned = f"{plural(epochs, 'epoch')} of {plural(per_epoch, 'step')}"
+            draft.choose("optimizer.tables.decay_steps", epochs * per_epoch, planned)
 
 
 def _is_measured(draft: "_Draft", manifest: Manifest) -> bool:

@@ -199,6 +199,21 @@ def test_a_run_that_continues_keeps_what_was_chosen(sample: PreparedDataset) -> 
     assert [c.setting for c in choices] == ["data.history.add"]
 
 
+def test_the_rate_falls_over_all_epochs(sample: PreparedDataset) -> None:
+    config = _config()
+    manifest = _manifest(sample, config, users=1_000)
+    first, _ = resolve(config, manifest)
+    steps_per_epoch = -(-1_000 // first.trainer.batch_size)
+    tables = first.optimizer.tables
+    assert (tables.decay, tables.decay_steps) == ("linear", first.trainer.epochs * steps_per_epoch)
+    # Of a run that is continued for more epochs, too: they would have a rate of 0.
+    saved, longer = first.model_dump(mode="json"), first.trainer.epochs + 5
+    more, _ = resolve(_config(trainer={"epochs": longer}), manifest, saved)
+    assert more.optimizer.tables.decay_steps == longer * steps_per_epoch
+    constant = _config(optimizer={"tables": {"decay": "constant"}})
+    assert resolve(constant, manifest)[0].optimizer.tables.decay_steps is None
+
+
 def test_the_sample_leaves_its_recipe_open() -> None:
     config = load_config(SAMPLE)
     assert config.trainer.is_auto("loss")
