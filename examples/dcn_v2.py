@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from deepfm_dist.model.dropout import RowDropout
+
 
 class DCNv2(nn.Module):
     """Cross layers next to an MLP; a linear output of both.
@@ -45,7 +47,7 @@ class DCNv2(nn.Module):
         for size in layer_sizes:
             layers += [nn.Linear(width, size)]
             layers += [nn.LayerNorm(size)] if layer_norm else []
-            layers += [nn.ReLU(), nn.Dropout(dropout)]
+            layers += [nn.ReLU(), RowDropout(dropout, size)]
             width = size
         self.mlp = nn.Sequential(*layers)
         self.output = nn.Linear(in_features + width, 1)

@@ -33,6 +33,7 @@ from deepfm_dist.distributed.sharding import (
     unlock_cached_rows,
 )
 from deepfm_dist.distributed.world import World
+from deepfm_dist.model.dropout import row_dropouts
 
 PHASES = ("data", "embeddings", "forward", "backward", "optimizer")
 
@@ -272,6 +273,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
         groups = [group for each in self._optimizers for group in each.param_groups]
         self._learned = [parameter for group in groups for parameter in group["params"]]
         self._buffers = _running_statistics(model)
+        self._dropouts = row_dropouts(model)
         # Passing a tensor as the initial gradient costs no operation. A rank's loss is its share of
         # the global mean, but DDP and TorchRec average gradients over the ranks, so the shares are
         # scaled by the number of ranks.
@@ -332,6 +334,8 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
 
     def _forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         with self._time("forward"):
+            for dropout in self._dropouts:
+                dropout.first.fill_(batch.first)
             loss, logits = self._model(batch)
         self._step.sparse = batch.sparse
         if logits is not None:

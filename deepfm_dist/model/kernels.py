@@ -14,6 +14,10 @@ from deepfm_dist.vector_code import BLOCK, ROWS, TILE, Code
 
 FloatArray = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
+UInt32Array = npt.NDArray[np.uint32]
+FIRST_FACTOR, SECOND_FACTOR = 0x7FEB352D, 0x846CA68B
+UNIT_FACTOR = 0x9E3779B1
+"""Odd: it takes the numbers of units to words that differ in all of their bits."""
 CHUNK = 8
 """Blocks that pass backwards through the MLP together; they stay in the core's cache."""
 
@@ -237,27 +241,78 @@ def _repack(source: FloatArray, sizes: Int64Array, target: FloatArray, into: boo
         begin += n * (m + 1)
 
 
+def drop_below(dropout: float) -> int:
+    """A unit is dropped if its 32 random bits are below this number."""
+    return int(min(dropout * 2.0**32, 2.0**32 - 1))
+
+
+def dropout_scale(dropout: float) -> float:
+    """What the units that are kept are multiplied by."""
+    return 1 / (1 - dropout) if dropout < 1 else 0.0
+
+
+_drop_below, _dropout_scale = compiled(drop_below), compiled(dropout_scale)
+
+
+@compiled
+def dropout_mask(
+    numbers: Int64Array, key: int, first_unit: int, n_units: int, dropout: float
+) -> FloatArray:
+    """Dropout's mask: a function of the key, of a row's number and of a unit's number.
+
+    Args:
+        numbers: ``[B]`` of the rows.
+        key: of this step; 64 bits.
+        first_unit: number of the first unit.
+        n_units: number of units.
+        dropout: probability of dropping a unit.
+
+    Returns:
+        ``[B, n_units]``: 0 where a unit is dropped, elsewhere what keeps the mean.
+    """
+    mask = np.empty((len(numbers), n_units), np.float32)
+    bound, scale = np.uint32(_drop_below(dropout)), np.float32(_dropout_scale(dropout))
+    for b in range(len(numbers)):
+        row = _row_word(numbers[b], key)
+        for unit in range(n_units):
+            is_kept = _bits(row, np.uint32(first_unit + unit)) >= bound
+            mask[b, unit] = scale if is_kept else np.float32(0)
+    return mask
+
+
+@compiled
+def _row_word(number: int, key: int) -> np.uint32:
+    """The row's part of what is random about its units."""
+    word = _mixed(np.uint32(np.uint32(number) ^ np.uint32(key)))
+    word = _mixed(np.uint32(word ^ np.uint32(number >> 32)))
+    return np.uint32(_mixed(np.uint32(word ^ np.uint32(key >> 32))))
+
+
+@compiled
+def _bits(row: np.uint32, unit: np.uint32) -> np.uint32:
+    """32 random bits of a unit of a row."""
+    return np.uint32(_mixed(np.uint32(row ^ np.uint32(unit * np.uint32(UNIT_FACTOR)))))
+
+
 @compiled
 def _drop(
-    units: FloatArray, first: int, seed: tuple[int, int], dropout: float, scale: np.float32
+    units: FloatArray, first_unit: int, rows: UInt32Array, dropout: float, scale: np.float32
 ) -> None:
-    """Sets each unit to 0 with a probability, and scales the others.
+    """Multiplies the units of a block of rows by their `dropout_mask`.
 
     Args:
         units: ``[n, BLOCK]``.
-        first: number of the first unit, of all units of all blocks.
-        seed: two 32-bit integers: of this step.
+        first_unit: number of the first unit.
+        rows: ``[BLOCK]`` the rows' words.
         dropout: the probability.
         scale: of the units that are kept.
     """
-    bound = np.uint32(min(dropout * 2.0**32, 2.0**32 - 1))
-    low, high = np.uint32(seed[0]), np.uint32(seed[1])
+    bound = np.uint32(_drop_below(dropout))
     for j in range(len(units)):
-        begin = np.uint32((first + j) * BLOCK)
+        unit = np.uint32(first_unit + j)
         for r in range(BLOCK):
-            bits = _mixed(np.uint32(_mixed(np.uint32(begin + np.uint32(r)) ^ low) ^ high))
             kept = scale * units[j, r]
-            units[j, r] = kept if bits >= bound else np.float32(0)
+            units[j, r] = kept if _bits(rows[r], unit) >= bound else np.float32(0)
 
 
 @compiled
@@ -266,8 +321,8 @@ def _mixed(x: np.uint32) -> np.uint32:
 
     Source: C. Wellons, "Prospecting for Hash Functions", 2018 (lowbias32).
     """
-    x = np.uint32(np.uint32(x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D))
-    x = np.uint32(np.uint32(x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B))
+    x = np.uint32(np.uint32(x ^ (x >> np.uint32(16))) * np.uint32(FIRST_FACTOR))
+    x = np.uint32(np.uint32(x ^ (x >> np.uint32(15))) * np.uint32(SECOND_FACTOR))
     return np.uint32(x ^ (x >> np.uint32(16)))
 
 
@@ -277,7 +332,8 @@ def mlp(
     sizes: Int64Array,
     parameters: FloatArray,
     dropout: float,
-    seed: tuple[int, int],
+    key: int,
+    first: int,
 ) -> tuple[FloatArray, MLPState]:
     """A ReLU MLP with one linear output, on the leading columns of each field's row.
 
@@ -287,28 +343,33 @@ def mlp(
         parameters: weights ``[out, in]`` and biases ``[out]`` of each hidden layer in turn, then
             those of the output, flat.
         dropout: probability of dropping a hidden unit; the others are scaled to the same mean.
-        seed: two 32-bit integers: of what is dropped.
+        key: of this step, as `dropout_mask` takes it; the hidden units are numbered layer by layer.
+        first: number of the first row.
 
     Returns:
         ``[B]`` outputs, and what `mlp_gradient` needs.
     """
     batch, fields, _ = rows.shape
     dim, blocks = sizes[0] // fields, (batch + BLOCK - 1) // BLOCK
-    scale = np.float32(1 / (1 - dropout) if dropout < 1 else 0)
+    scale = np.float32(_dropout_scale(dropout))
     matrices = np.empty_like(parameters)
     _repack(parameters, sizes, matrices, True)
     outputs, last = np.empty(batch, np.float32), np.empty((1, BLOCK), np.float32)
     units = np.empty((blocks, (sizes + 1).sum(), BLOCK), np.float32)
+    words = np.empty(BLOCK, np.uint32)
     for block in range(blocks):
-        first = block * BLOCK
-        n = min(BLOCK, batch - first)
+        begin_row = block * BLOCK
+        n = min(BLOCK, batch - begin_row)
         inputs = units[block, : sizes[0]]
         for r in range(n):
             for f in range(fields):
                 for d in range(dim):
-                    inputs[f * dim + d, r] = rows[first + r, f, d]
+                    inputs[f * dim + d, r] = rows[begin_row + r, f, d]
         inputs[:, n:] = 0
-        start = begin = 0
+        if dropout > 0:
+            for r in range(BLOCK):
+                words[r] = _row_word(first + begin_row + r, key)
+        start = begin = unit = 0
         for layer in range(len(sizes)):
             size = sizes[layer] + 1
             below = units[block, start : start + size]
@@ -318,10 +379,11 @@ def mlp(
                 out = units[block, start : start + sizes[layer + 1]]
                 _multiply(out, matrices[begin:], (size, 1), below, np.float32(0))
                 if dropout > 0:
-                    _drop(out, block * units.shape[1] + start, seed, dropout, scale)
+                    _drop(out, unit, words, dropout, scale)
+                unit += len(out)
                 begin += len(out) * size
         _multiply(last, matrices[begin:], (size, 1), below, np.float32(-np.inf))
-        outputs[first : first + n] = last[0, :n]
+        outputs[begin_row : begin_row + n] = last[0, :n]
     return outputs, MLPState(sizes, matrices, units, scale)
 
 

@@ -82,7 +82,7 @@ class CatalogueLoss(nn.Module):
         everyones = (self.gather(part[:shared])[: batch.n_candidates] for part in items.tensors)
         logits_UC = scorer.all_pairs(users, Side(*everyones))
         if own:
-            logits_T = scorer.pairs(users[batch.target_users], items[shared:])
+            logits_T = scorer.pairs(users[batch.target_users], items[shared:], batch.target_users)
         else:
             logits_T = logits_UC[batch.target_users, batch.target_items]
         targets = batch.target_users, batch.target_weights

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deepfm_dist.model import kernels
+from deepfm_dist.model.dropout import RowDropout
 from deepfm_dist.model.norm import Gather, GlobalBatchNorm
 from deepfm_dist.vector_code import HAS_FMA
 
@@ -31,12 +32,13 @@ class _MLPOnCPU(torch.autograd.Function):
     """The over-arch by `kernels`, from rows to output."""
 
     @staticmethod
-    def forward(ctx: Any, rows_BFW: Tensor, dropout: float, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows_BFW: Tensor, dropout: float, key: int, first: int, *parameters: Tensor
+    ) -> Tensor:
         rows = rows_BFW.detach().contiguous()
         sizes = np.array([weight.shape[1] for weight in parameters[::2]])
         flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
-        seed = tuple(torch.randint(2**31, (2,)).tolist()) if dropout else (0, 0)
-        outputs, state = kernels.mlp(rows.numpy(), sizes, flat.numpy(), dropout, seed)
+        outputs, state = kernels.mlp(rows.numpy(), sizes, flat.numpy(), dropout, key, first)
         ctx.state, ctx.rows_shape = state, rows.shape
         ctx.shapes = [parameter.shape for parameter in parameters]
         return torch.from_numpy(outputs)
@@ -49,7 +51,7 @@ class _MLPOnCPU(torch.autograd.Function):
         gradient = gradient_B.contiguous().numpy()
         kernels.mlp_gradient(gradient, ctx.state, by_rows.numpy(), flat.numpy())
         parts = zip(flat.split(sizes), ctx.shapes, strict=True)
-        return by_rows, None, *(part.view(shape) for part, shape in parts)
+        return by_rows, None, None, None, *(part.view(shape) for part, shape in parts)
 
 
 class OverArch(nn.Module):
@@ -88,7 +90,7 @@ class OverArch(nn.Module):
             GlobalBatchNorm(b, gather) if batch_norm else nn.Identity() for _, b in pairs
         )
         self.activation = _ACTIVATIONS[activation]()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = RowDropout(dropout, sum(layer_sizes))
         self.output = nn.Linear(sizes[-1], 1) if has_output else None
         if init == "xavier_normal":
             for linear in self.layers:
@@ -142,18 +144,28 @@ class OverArch(nn.Module):
         )
 
     def _by_kernel(self, rows_BFW: Tensor) -> Tensor:
-        dropout = float(self.dropout.p) if self.training else 0.0
+        drop = self.dropout
+        dropout = (float(drop.p), int(drop.key), int(drop.first)) if drop.is_on else (0.0, 0, 0)
         parameters = [p for linear in self.layers for p in (linear.weight, linear.bias)]
-        output: Tensor = _MLPOnCPU.apply(rows_BFW, dropout, *parameters)  # type: ignore[no-untyped-call]
+        output: Tensor = _MLPOnCPU.apply(rows_BFW, *dropout, *parameters)  # type: ignore[no-untyped-call]
         return output
 
-    def above_first(self, x_BH: Tensor, weights_B: Tensor | None = None) -> Tensor:
-        """Scores the output of the first linear layer, ``[B, H]``, like ``forward``."""
-        x, above = x_BH, self.layers[1:]
+    def above_first(
+        self, x_BH: Tensor, weights_B: Tensor | None = None, numbers_B: Tensor | None = None
+    ) -> Tensor:
+        """Scores the output of the first linear layer like ``forward``.
+
+        Args:
+            x_BH: ``[B, H]``.
+            weights_B: as in ``forward``.
+            numbers_B: ``[B]`` of the rows, for dropout; see `RowDropout.forward`.
+        """
+        x, above, unit = x_BH, self.layers[1:], 0
         for place, norm in enumerate(self.norms):
             if isinstance(norm, GlobalBatchNorm):
                 x = norm(x, weights_B)
-            x = self.dropout(self.activation(x))
+            x = self.dropout(self.activation(x), unit, numbers_B)
+            unit += x.shape[1]
             if place < len(above):
                 x = above[place](x)
         return x if self.output is None else x.squeeze(1)

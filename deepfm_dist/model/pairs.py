@@ -271,26 +271,45 @@ class PairScorer:
             return z
         assert isinstance(over, OverArch)
         step = max(1, PAIRS_AT_A_TIME // len(items.constant))
+        numbers_UC = None
+        if over.dropout.is_on:
+            user_U, item_C = (torch.arange(n, device=z.device) for n in z.shape)
+            numbers_UC = over.dropout.pair_numbers(user_U[:, None], item_C)
         deep = []
         with self.arch.autocast(z.device.type):
             for begin in range(0, len(users.constant), step):
-                block = users.hidden[begin : begin + step, None]
+                rows = slice(begin, begin + step)
+                numbers = None if numbers_UC is None else numbers_UC[rows].flatten()
+                block = users.hidden[rows, None], items.hidden[None], numbers
                 # Hidden layers of all pairs would not fit into memory: backward recomputes them.
-                deep.append(checkpoint(_deep, over, block, items.hidden[None], use_reentrant=False))
+                deep.append(checkpoint(_deep, over, *block, use_reentrant=False))
         return z + torch.cat(deep).float()
 
-    def pairs(self, users: Side, items: Side) -> Tensor:
-        """``[n]`` logits of the n-th user with the n-th item."""
+    def pairs(self, users: Side, items: Side, user_T: Tensor) -> Tensor:
+        """``[T]`` logits of targets.
+
+        Args:
+            users: the targets' users.
+            items: the targets' items.
+            user_T: ``[T]`` the users' places in the batch, in ascending order.
+        """
         z = users.constant + items.constant + (users.factor_sum * items.factor_sum).sum(1)
         over = self.arch.over_arch
         if over is None:
             return z
         assert isinstance(over, OverArch)
         with self.arch.autocast(z.device.type):
-            deep = over.above_first(users.hidden + items.hidden)
+            numbers_T = None
+            if over.dropout.is_on:
+                first_T = torch.searchsorted(user_T, user_T)
+                place_T = torch.arange(len(user_T), device=user_T.device) - first_T
+                # Targets behind the candidates of `all_pairs`: they are other pairs.
+                numbers_T = over.dropout.pair_numbers(user_T, place_T + (1 << 31))
+            deep = over.above_first(users.hidden + items.hidden, numbers_B=numbers_T)
         return z + deep.float()
 
 
-def _deep(over_arch: OverArch, user: Tensor, item: Tensor) -> Tensor:
+def _deep(over_arch: OverArch, user: Tensor, item: Tensor, numbers: Tensor | None) -> Tensor:
     hidden = user + item
-    return over_arch.above_first(hidden.flatten(0, 1)).view(hidden.shape[:2])
+    deep = over_arch.above_first(hidden.flatten(0, 1), numbers_B=numbers)
+    return deep.view(hidden.shape[:2])

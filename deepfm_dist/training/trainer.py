@@ -23,6 +23,7 @@ from deepfm_dist.distributed.sharding import set_table_steps
 from deepfm_dist.distributed.world import World
 from deepfm_dist.events import EndEvent, TrainEvent, ValidEvent
 from deepfm_dist.log import MetricsLog, progress
+from deepfm_dist.model.dropout import begin_step, row_dropouts
 from deepfm_dist.seeding import derive_seed
 from deepfm_dist.training.figures import TrainingFigures
 from deepfm_dist.training.settings import TrainerConfig
@@ -139,6 +140,7 @@ class Trainer:
             config.optimizer,
             self._hooks.asked_to_stop,
         )
+        self._dropouts = row_dropouts(model)
         self._rates = {"lr_tables": 0.0, "lr_dense": 0.0}
         self._unread: deque[Step] = deque()
         self._last: Step | None = None
@@ -203,8 +205,10 @@ class Trainer:
         return state
 
     def _begin(self, step: int) -> None:
-        """Sets what depends on the step alone: the seed of dropout, and learning rates."""
-        self._world.seed(derive_seed(self._seed, "dropout", step, self._world.rank))
+        """Sets what depends on the step alone: random numbers and learning rates."""
+        begin_step(self._dropouts, self._seed, step)
+        # What else draws, such as an over-arch of the user's own, does so on each rank by itself.
+        self._world.seed(derive_seed(self._seed, "draws", step, self._world.rank))
         config, scale = self._config.optimizer, self.state.lr_scale
         tables, dense = config.tables.at(step) * scale, config.dense.at(step) * scale
         self._rates = {"lr_tables": tables, "lr_dense": dense}

@@ -94,6 +94,7 @@ def test_losses_do_not_depend_on_world_size_or_plan(
 ) -> None:
     lr = 0.003 if optimizer == "adam" else 0.05
     common = (*SMALL, f"optimizer.tables={{name: {optimizer}, lr: {lr}}}")
+    common = (*common, "model.dropout=0.1") if optimizer == "adam" else common
     alone = run_alone(train, sample.folder, config_of(*common), 30)
     assert alone[-1] < alone[0]
     for size, plan in ELSEWHERE:
@@ -133,7 +134,7 @@ def test_batch_norm_leaves_every_weight_and_figure_alone_under_adam(
     sample: PreparedDataset,
 ) -> None:
     """Adam makes a whole step of any gradient: one that is rounding error would drift apart."""
-    common = (*SMALL, "model.batch_norm=true", "trainer.batch_size=1003")
+    common = (*SMALL, "model.batch_norm=true", "model.dropout=0.1", "trainer.batch_size=1003")
     assert config_of(*common).optimizer.dense.name == "adam"
     alone = run_alone(trained_parts, sample.folder, config_of(*common), 12)
     assert {"model.interaction_arch.over_arch.norms.0.running_mean", "log_loss"} <= alone.keys()
@@ -182,9 +183,9 @@ def test_a_part_of_the_model_alone_trains_alike_on_two_ranks(
     ("optimizer", "options"),
     [
         ("adam", ["trainer.loss=softmax", "model.deep=false"]),
-        ("rowwise_adagrad", ["trainer.loss=softmax"]),
+        ("rowwise_adagrad", ["trainer.loss=softmax", "model.dropout=0.1"]),
         ("adam", ["trainer.loss=softmax", SAMPLED, "data.negatives.popularity_power=0.5"]),
-        ("sgd", ["trainer.loss=bpr", SAMPLED]),
+        ("sgd", ["trainer.loss=bpr", SAMPLED, "model.dropout=0.1"]),
         ("adam", ["trainer.loss=bce", "trainer.batch_size=1003"]),
     ],
 )
@@ -756,10 +757,11 @@ def test_a_bounded_norm_is_the_same_at_any_world_size_and_plan(sample: PreparedD
 def test_less_precision_and_compilation_stay_near_and_repeat_exactly(
     sample: PreparedDataset, override: str, sizes: tuple[int, ...], least: float, most: float
 ) -> None:
-    exact = run_alone(train, sample.folder, config_of(*SMALL), 30)
+    common = (*SMALL, "model.dropout=0.1")
+    exact = run_alone(train, sample.folder, config_of(*common), 30)
     for size in sizes:
         first, second = (
-            run_ranks(train, size, sample.folder, config_of(*SMALL, *override.split(" & ")), 30)[0]
+            run_ranks(train, size, sample.folder, config_of(*common, *override.split(" & ")), 30)[0]
             for _ in range(2)
         )
         assert first == second

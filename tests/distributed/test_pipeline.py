@@ -19,7 +19,7 @@ from deepfm_dist.distributed.pipeline import TrainPipeline
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import set_table_steps
 from deepfm_dist.model import kernels
-from deepfm_dist.seeding import derive_seed
+from deepfm_dist.model.dropout import begin_step, row_dropouts
 from tests.conftest import HISTORY
 from tests.ranks import run_alone, run_ranks
 from tests.steps import COPIES, SMALL, config_of
@@ -55,12 +55,12 @@ def losses(folder: Path, config: Config, overlapped: bool, deferred: bool) -> li
                     whole = dataclasses.replace(whole, **{field: value})
                 yield from whole.split(parts)
 
-        taken = []
+        taken, dropouts = [], row_dropouts(sharded)
         for first, last in STRETCHES:
             stream = pieces(first, last)
             sharded.train()
             for step in range(first, last + 1):
-                world.seed(derive_seed(1, "dropout", step, world.rank))
+                begin_step(dropouts, 1, step)
                 taken.append(pipeline.train_step(stream))
             pipeline.detach()
             sharded.eval()

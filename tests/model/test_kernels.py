@@ -57,39 +57,23 @@ def test_the_mlps_output_and_gradients_equal_float64(n: int, layers: list[int]) 
         torch.testing.assert_close(found.double() / size, expected / size, atol=3e-6, rtol=0)
 
 
-def test_dropout_keeps_its_share_of_each_layer_and_its_gradient_is_that_of_what_it_kept() -> None:
+def test_the_kernel_drops_the_units_that_torchs_layers_drop() -> None:
     arch, rows = over_arch([30, 20, 10], dropout=0.3)
-    torch.manual_seed(1)
-    results = by_kernel(arch, rows)
-    torch.manual_seed(1)
-    seed = tuple(torch.randint(2**31, (2,)).tolist())
-    flat = torch.cat([p.detach().flatten() for h in arch.layers for p in (h.weight, h.bias)])
-    units = kernels.mlp(rows.numpy(), np.array([15, 30, 20, 10]), flat.numpy(), 0.3, seed)[1].units
-    columns = torch.from_numpy(units).permute(0, 2, 1).flatten(0, 1)[: len(rows)]
-    masks, x, begin = [], rows[:, :, :5].flatten(1), 16
-    for linear in arch.hidden:
-        before = torch.relu(linear(x)).detach()
-        x = columns[:, begin : begin + linear.out_features]
-        begin += linear.out_features + 1
-        kept, positive = x > 0, before > 0
-        share = kept.sum() / positive.sum()
-        assert abs(share - 0.7) < 4 * (0.21 / positive.sum()) ** 0.5
-        rows_of_share = kept.sum(1)[positive.sum(1) > 3]
-        assert len(rows_of_share.unique()) > 2  # each row draws for itself
-        torch.testing.assert_close(x[kept], before[kept] / 0.7, rtol=1e-4, atol=1e-5)
-        masks.append(kept.double() / 0.7)
-    for found, expected in zip(results, exact(arch, rows, 5, masks), strict=True):
-        size = expected.abs().max().clamp(min=1)
-        torch.testing.assert_close(found.double() / size, expected / size, atol=3e-6, rtol=0)
-
-
-def test_dropout_follows_torchs_seed_and_ends_in_evaluation() -> None:
-    arch, rows = over_arch([30], dropout=0.5)
-    outputs = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        outputs.append(arch.forward_rows(rows))
-    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+    arch.dropout.key.fill_(-5)
+    arch.dropout.first.fill_(1000)
+    masks = list[Tensor]()
+    sizes, first = [30, 20, 10], 0
+    for size in sizes:
+        mask = kernels.dropout_mask(np.arange(1000, 1000 + len(rows)), -5, first, size, 0.3)
+        masks.append(torch.from_numpy(mask).double())
+        first += size
+    expected = exact(arch, rows, 5, masks)
+    for found, wanted in zip(by_kernel(arch, rows), expected, strict=True):
+        size = wanted.abs().max().clamp(min=1)
+        torch.testing.assert_close(found.double() / size, wanted / size, atol=3e-6, rtol=0)
+    torch.testing.assert_close(
+        arch(rows[:, :, :5].flatten(1)).double(), expected[0], atol=1e-5, rtol=0
+    )
     arch.eval()
     torch.testing.assert_close(arch.forward_rows(rows), arch(rows[:, :, :5].flatten(1)))
 

@@ -61,7 +61,9 @@ def test_pairs_are_scored_as_rows_are_with_the_same_gradients(
     actual = scorer.all_pairs(users, items)
     assert torch.allclose(actual, expected, rtol=1e-11, atol=1e-11)
     some = torch.tensor([0, 3, 3, 6]), torch.tensor([8, 0, 1, 4])
-    assert torch.allclose(scorer.pairs(users[some[0]], items[some[1]]), expected[some], rtol=1e-11)
+    assert torch.allclose(
+        scorer.pairs(users[some[0]], items[some[1]], some[0]), expected[some], rtol=1e-11
+    )
     weights = torch.randn(USERS, ITEMS, dtype=torch.float64)
     wanted = [rows, *arch.parameters()]
     ours = torch.autograd.grad((actual * weights).sum(), wanted, allow_unused=True)

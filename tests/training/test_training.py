@@ -230,29 +230,37 @@ def test_validation_measures_in_eval_mode_and_leaves_training_alone(
     assert {k: actual[-1][k] for k in validated.figures} == validated.figures
 
 
-def _masks(folder: Path, first_draws: int) -> list[bytes]:
-    """What dropout leaves of the first hidden layer in each of three steps."""
+def _masks(folder: Path, first_draws: int, *overrides: str) -> list[list[bytes]]:
+    """What dropout leaves of the first hidden layer of this rank's rows in each of three steps."""
     config = config_of(
         "model={over_arch_layer_sizes: [40], activation: sigmoid, dropout: 0.5}",
         "trainer.max_steps=3",
+        *overrides,
     )
     with process_group("cpu") as world:
-        run, masks = Run(folder, config, world), list[bytes]()
+        run, masks = Run(folder, config, world), list[list[bytes]]()
         over_arch = deepfm_of(run.sharded).interaction_arch.over_arch
         assert isinstance(over_arch, OverArch)
         over_arch.dropout.register_forward_hook(
-            lambda _, __, out: masks.append((out != 0).numpy().tobytes())
+            lambda _, __, out: masks.append([row.tobytes() for row in (out != 0).numpy()])
         )
         torch.rand(first_draws)
         train_quietly(run)
         return masks
 
 
-def test_dropout_is_a_function_of_seed_step_and_rank(sample: PreparedDataset) -> None:
-    first, second = (run_ranks(_masks, 2, sample.folder, draws) for draws in (0, 7))
-    assert first == second
-    masks = [mask for of_rank in first for mask in of_rank]
-    assert len(set(masks)) == len(masks) == 6
+def test_dropout_is_a_function_of_seed_step_and_row(sample: PreparedDataset) -> None:
+    alone = run_alone(_masks, sample.folder, 0)
+    assert len(alone) == 3 and len(alone[0]) == config_of().trainer.batch_size
+    for size, draws in ((1, 7), (2, 0), (4, 7)):
+        of_ranks = run_ranks(_masks, size, sample.folder, draws)
+        of_steps = zip(*of_ranks, strict=True)
+        assert [[mask for rows in step for mask in rows] for step in of_steps] == alone
+    accumulated = ("trainer.accumulate_steps=3", "optimizer.tables={name: adam, lr: 0.003}")
+    pieces = run_alone(_masks, sample.folder, 0, *accumulated)
+    assert [mask for rows in pieces for mask in rows] == [mask for rows in alone for mask in rows]
+    all_masks = [mask for rows in alone for mask in rows]
+    assert len(set(all_masks)) == len(all_masks)  # 2^40 are possible
 
 
 def _left_of_a_run(folder: Path) -> list[str]:

@@ -73,6 +73,7 @@ class Batch(_OnDevice):
             padding; with several targets ``[T]``, that number times the share of training rows that
             have the label. It equals the expected sum of weights, and every rank can compute it
             without communication.
+        first: number of the first row in the global batch.
     """
 
     sparse: KeyedJaggedTensor
@@ -80,6 +81,7 @@ class Batch(_OnDevice):
     labels: Tensor
     weights: Tensor
     global_weight: Tensor
+    first: int = 0
 
     def split(self, pieces: int) -> Iterator["Batch"]:
         """The same rows in several batches; the last ones are shorter if they do not divide evenly.
@@ -103,6 +105,7 @@ class Batch(_OnDevice):
         bags = [self.sparse[key].values() for key in keys]
         by_key = [b.split([int(n[f].sum()) for n in lengths]) for f, b in enumerate(bags)]
         rows = [tensor.tensor_split(pieces) for tensor in (self.dense, self.labels, self.weights)]
+        first = self.first
         for i, length in enumerate(lengths):
             parts = [of_key[i] for of_key in by_key]
             sparse = KeyedJaggedTensor(
@@ -111,7 +114,8 @@ class Batch(_OnDevice):
                 lengths=length.flatten(),
                 length_per_key=[len(part) for part in parts],
             )
-            yield Batch(sparse, *(column[i] for column in rows), self.global_weight)
+            yield Batch(sparse, *(column[i] for column in rows), self.global_weight, first)
+            first += length.shape[1]
 
 
 @dataclass
@@ -139,6 +143,7 @@ class UserBatch(_OnDevice):
         log_expected: ``[n_candidates]`` float32: log of the candidate's expected count in this
             step; 0 if every item is a candidate.
         global_weight: ``[]`` float32: the sum of target weights over all ranks; 1 if that is 0.
+        first: number of the first user in the global batch.
     """
 
     sparse: KeyedJaggedTensor
@@ -153,6 +158,7 @@ class UserBatch(_OnDevice):
     known_items: Tensor
     log_expected: Tensor
     global_weight: Tensor
+    first: int = 0
 
     def split(self, pieces: int) -> Iterator["UserBatch"]:
         """The batch itself: all users of a step share its candidates, so it cannot be split."""

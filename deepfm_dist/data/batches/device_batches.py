@@ -246,7 +246,8 @@ class DeviceBatches:
             length_per_key=[len(of_field) for of_field in values],
         )
         dense = self._with_vectors(block.dense[k], {n: rows[k] for n, rows in block.rows.items()})
-        return Batch(sparse, dense, block.labels[k], block.weights[k], self._global_weight)
+        labels, weights = block.labels[k], block.weights[k]
+        return Batch(sparse, dense, labels, weights, self._global_weight, self._host.first)
 
     def steps(self, first: int, last: int) -> Iterator[Batch]:
         """Batches of steps ``first`` to ``last``, both included."""

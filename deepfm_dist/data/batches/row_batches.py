@@ -1,6 +1,7 @@
 """Batches of rows of a prepared dataset; they do not depend on the world size."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -163,7 +164,7 @@ class TrainingBatches:
                 bags = chosen(bags, ~np.repeat(padded(absent, len(bags[0]), True), bags[0]))
         height = self.local_batch_size
         users = padded(users, height, ABSENT)
-        return users, self.collate(
+        batch = self.collate(
             users,
             padded(items, height, ABSENT),
             columns,
@@ -175,6 +176,7 @@ class TrainingBatches:
             bags=bags,
             hidden=self._hidden(selected, step),
         )
+        return users, replace(batch, first=self.first)
 
     def global_weight(self, n_rows: int) -> Tensor:
         """`Batch.global_weight` for a global batch of this many rows."""

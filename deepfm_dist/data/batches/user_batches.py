@@ -143,6 +143,7 @@ class UserBatches:
             known_items=torch.from_numpy(known_items),
             log_expected=torch.from_numpy(log_expected),
             global_weight=torch.tensor(global_weight),
+            first=first,
         )
 
     def steps(self, first: int, last: int) -> Iterator[UserBatch]:
