@@ -18,11 +18,13 @@ from deepfm_dist.distributed.checkpoint import Saved, complete_steps, find_check
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.events import TrainEvent, read_events
 from deepfm_dist.interop import linear
+from deepfm_dist.jobs import evaluate as evaluation
 from deepfm_dist.jobs import finish
 from deepfm_dist.jobs.combine import combine
 from deepfm_dist.jobs.evaluate import evaluate
 from deepfm_dist.jobs.recommend import recommend
 from deepfm_dist.jobs.train import train
+from deepfm_dist.ranking.settings import EASE_L2
 from deepfm_dist.recipe import LATEST, choices_in
 from deepfm_dist.runs.start import read_start
 from deepfm_dist.runs.trained import find_run
@@ -400,6 +402,9 @@ def test_the_end_is_the_same_on_two_ranks(tmp_path: Path, monkeypatch: pytest.Mo
     both, without = _ndcg(selected["model.linear"])
     assert both > without + 0.1  # the trained part has taken two steps
     assert re.search(r": cross-validated NDCG@10 0\.\d+, 0", selected["model.linear"])
+    # EASE is compared with the L2 that is best for it.
+    assert evaluation._ease_l2(find_checkpoint(config.run_dir, "auto")) == 200
+    assert evaluation._ease_l2(find_checkpoint(config.run_dir, "best")) == EASE_L2
     assert refit["trainer.refit_best"].endswith("epochs of all training rows, as were best without")
 
 

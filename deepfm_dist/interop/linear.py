@@ -21,6 +21,7 @@ from torch.nn.functional import embedding_bag, pad
 from deepfm_dist.data.jagged import Int32Array, Jagged
 from deepfm_dist.ranking.baselines import Ease, co_counts
 from deepfm_dist.ranking.metrics import hits, ndcg
+from deepfm_dist.ranking.settings import EASE_L2
 
 log = logging.getLogger(__name__)
 Float64Array = npt.NDArray[np.float64]
@@ -35,10 +36,8 @@ SEARCHED_ITEMS = 4_000
 """Number of most popular items that the search uses: it fits EASE about ten times, each cubic in
 the number of items.
 """
-CLEARLY_BETTER = 2.5
-"""Number of standard errors by which the model must beat EASE alone. Two would suffice for one
-comparison; the model is the best of dozens.
-"""
+CLEARLY_BETTER = 2.0
+"""Number of standard errors by which the model must beat EASE alone."""
 _OVERSAMPLED = 24
 _PASSES = 4
 
@@ -53,16 +52,18 @@ class Linear:
         columns: of the FM.
         weight: of its scores relative to the trained part's logits; 0 omits EASE.
         trained: share of the trained part's logits: 1, or 0 for EASE alone.
+        l2_alone: L2 with which EASE alone ranks best.
         ndcg: of the combination on the validation users.
         ndcg_trained: of the trained part alone.
         ndcg_ease: of EASE alone.
     """
 
-    l2: float = 500.0
+    l2: float = EASE_L2
     field_weight: float = 0.0
     columns: int = 256
     weight: float = 1.0
     trained: float = 1.0
+    l2_alone: float = EASE_L2
     ndcg: float = 0.0
     ndcg_trained: float = 0.0
     ndcg_ease: float = 0.0
@@ -138,7 +139,8 @@ def search(
 
     It tunes L2, the weight of the items' fields and the number of columns one by one, each with the
     weight that gives the best NDCG. Few users hardly distinguish weights: see `_likely`. The result
-    must be clearly better than EASE alone (`CLEARLY_BETTER`), which is the safer choice.
+    must be clearly better than EASE alone with its best L2 (`CLEARLY_BETTER`), which is the safer
+    choice.
 
     Args:
         cuts: pairs of each user's distinct training items, rows below ``n_items``, and users to
@@ -168,7 +170,9 @@ def search(
     columns = sorted({min(n, len(rows)) for n in COLUMNS})  # few items: keep all columns
     fits_of_columns = measured.cut(best, columns)
     found, figure = max(fits_of_columns, key=lambda one: (one[0].ndcg, one[0].ndcg_ease))
-    alone, of_ease = measured.ease_alone(columns[-1])
+    l2_alone = max(L2, key=lambda l2: fits[l2][0].ndcg_ease)
+    alone, of_ease = measured.ease_alone(l2_alone, columns[-1])
+    found = replace(found, l2_alone=l2_alone)
     return found if _z(figure - of_ease) >= CLEARLY_BETTER else alone
 
 
@@ -216,9 +220,10 @@ class _Measured:
             found.append(self._with_likely_weight(replace(best, columns=n), scores))
         return found
 
-    def ease_alone(self, columns: int) -> tuple[Linear, Float64Array]:
-        """EASE with its usual L2, without the trained part."""
-        alone = Linear(columns=columns, trained=0.0, ndcg_trained=float(self.trained.mean()))
+    def ease_alone(self, l2: float, columns: int) -> tuple[Linear, Float64Array]:
+        """EASE without the items' fields and without the trained part."""
+        alone = Linear(l2, columns=columns, trained=0.0, l2_alone=l2)
+        alone = replace(alone, ndcg_trained=float(self.trained.mean()))
         matrices = self._matrices(alone.l2, 0.0)
         scores = [part.users.scores(each) for part, each in self._with(matrices)]
         figure = self._by_user_of_ease(scores)

@@ -1,5 +1,6 @@
 """Measures a run's model on held-out rows."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,14 @@ from deepfm_dist.log import MetricsLog, warn_if_unwritable
 from deepfm_dist.ranking.baselines import Baseline, Ease, Ials, ItemKNN, Popularity
 from deepfm_dist.ranking.evaluation import LOGGED, Comparison, RankingEvaluator, evaluate_ranking
 from deepfm_dist.ranking.items import cold_items_to_rank
+from deepfm_dist.ranking.settings import EASE_L2
 from deepfm_dist.recipe import choices_in
 from deepfm_dist.report.verdicts import Verdict, verdicts_on
 from deepfm_dist.runs.trained import LoadedModel, find_run, open_trained, open_weights, ranking_loss
 from deepfm_dist.section import AUTO
 from deepfm_dist.training.evaluation import Measured, RowEvaluator
 
+log = logging.getLogger(__name__)
 _OF_EVALUATE = ("data", "checkpoint", "evaluate", "recommend", "sharding", "run")
 """Sections that the command reads."""
 
@@ -77,6 +80,10 @@ def evaluate_on(config: Config, overrides: Sequence[str], world: World) -> Evalu
     """`evaluate` in a process group that exists. All ranks."""
     baselines, reference = _baselines(config), _reference(config)
     trained = open_trained(config, overrides, world, same_rows=True, finished=_usable_parts(config))
+    if "ease" in baselines and config.evaluate.ease_l2 is None:
+        l2 = world.broadcast(world.run_on_rank0("ease_l2", lambda: _ease_l2(trained.checkpoint)))
+        assert l2 is not None
+        baselines["ease"] = Ease(l2)
     measured, comparison = _measure(config, trained, world, baselines, reference)
     return None if measured is None else _report(config, trained, measured, comparison)
 
@@ -264,6 +271,13 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any
     return {name: now[name] for name in now if now[name] not in (before.get(name), AUTO)}
 
 
+def _ease_l2(path: Path) -> float:
+    """The L2 with which EASE alone ranked best when a checkpoint's run was trained."""
+    l2 = float(checkpoint.read_state(path).get("ease_l2", EASE_L2))
+    log.info("ease: L2 %g (set another one by evaluate.ease_l2)", l2)
+    return l2
+
+
 def _baselines(config: Config) -> dict[str, Baseline]:
     """The configured baselines.
 
@@ -274,7 +288,7 @@ def _baselines(config: Config) -> dict[str, Baseline]:
     makers: dict[str, Callable[[], Baseline]] = {
         "popularity": Popularity,
         "item_knn": lambda: ItemKNN(settings.item_knn_neighbours),
-        "ease": lambda: Ease(settings.ease_l2),
+        "ease": lambda: Ease(settings.ease_l2 or EASE_L2),
         "ials": lambda: Ials(settings.ials, config.run.seed),
     }
     return {name: makers[name]() for name in settings.baselines}

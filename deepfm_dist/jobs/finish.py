@@ -362,6 +362,8 @@ class Finish:
             )
             put_ease(wide, world, column, fit)
         marker = self._marker(part, step, choices)
+        if linear is not None:
+            marker["ease_l2"] = linear.l2_alone
         save_new_run(target, manifest, world, wide, optimizer, step=step, more=marker)
 
 

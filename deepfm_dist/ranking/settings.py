@@ -32,6 +32,10 @@ class IalsConfig(Section):
     """Passes over users and items."""
 
 
+EASE_L2 = 500.0
+"""L2 of EASE where nothing speaks for another one."""
+
+
 class EvaluateConfig(Section):
     """Evaluation on held-out rows; all but ``split`` is for rankings (``data.task=implicit``)."""
 
@@ -57,8 +61,9 @@ class EvaluateConfig(Section):
     fitted on the most popular items, and its name in the table gives their number."""
     item_knn_neighbours: int = Field(100, ge=1)
     """Number of neighbours per item."""
-    ease_l2: float = Field(500.0, gt=0)
-    """L2 regularisation of EASE's matrix."""
+    ease_l2: float | None = Field(None, gt=0)
+    """L2 regularisation of EASE's matrix. Default: that with which EASE alone ranked best on the
+    run's validation rows (``model.linear=ease``), otherwise 500."""
     ials: IalsConfig = IalsConfig()
     """Settings of iALS."""
     reference: str | None = None
