@@ -408,6 +408,24 @@ def test_the_end_is_the_same_on_two_ranks(tmp_path: Path, monkeypatch: pytest.Mo
     assert refit["trainer.refit_best"].endswith("epochs of all training rows, as were best without")
 
 
+def test_users_of_few_items_leave_few_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two known items one is held out once; after that, nothing is left to hold out."""
+    for grid in (("L2", (200.0,)), ("COLUMNS", (64,)), ("SHARES", (1.0, 2.0))):
+        monkeypatch.setattr(linear, *grid)
+    rng = np.random.default_rng(3)
+    taken = [(u, i, t) for u in range(60) for t, i in enumerate(rng.choice(30, 3, replace=False))]
+    pd.DataFrame(taken, columns=["user", "item", "time"]).to_csv(tmp_path / "log.csv", index=False)
+    rows = {"file": "log.csv", "user": "user", "item": "item", "time": "time"}
+    split = {"method": "leave_last", "valid": 1, "test": 1}
+    roots = {f"{kind}_root": f"{tmp_path / kind}" for kind in ("prepared", "runs")}
+    data = {"root": f"{tmp_path}", "interactions": rows, "split": split}
+    path = tmp_path / "short.yaml"
+    sections = {"data": data, "run": {"loggers": [], **roots}, "trainer": {"max_steps": 2}}
+    path.write_text(yaml.safe_dump(sections))
+    assert run_ranks(train_command.main, 1, ["--config", f"{path}"]) == [0]
+    assert "cross-validated NDCG@10" in _chosen(load_config(f"{path}"), "refit")["model.linear"]
+
+
 def test_training_for_the_next_item_has_the_same_losses_on_two_ranks(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     taken = [(u, i, t) for u in range(60) for t, i in enumerate(rng.choice(30, 6, replace=False))]

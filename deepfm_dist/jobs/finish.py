@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from deepfm_dist.build import deepfm_of, training_batches
@@ -232,20 +233,20 @@ class Finish:
         dataset, world = self.dataset, self.world
         n_positives = dataset.manifest.splits["train"].positives
         cuts = []
-        if n_positives >= FEW_POSITIVES or dataset.manifest.data.split.method == "users":
-            cuts.append(self._measured(dataset, model))
-        else:
-            if world.is_first:
-                text = "%s: EASE's settings are cross-validated on %d cuts of them"
-                log.info(text, plural(n_positives, "training positive"), CUTS)
+        if n_positives < FEW_POSITIVES and dataset.manifest.data.split.method != "users":
             for cut in self._cuts():
                 again = self._train_again(cut, step, is_logged=False)
                 if again is None:
                     return None
                 cuts.append(self._measured(cut, again[0]))
+        kind = "cross-validated" if cuts else "validation"
+        if cuts and world.is_first:
+            text = "%s: EASE's settings are cross-validated on %s"
+            log.info(text, plural(n_positives, "training positive"), plural(len(cuts), "cut"))
+        if not cuts:
+            cuts.append(self._measured(dataset, model))
         linear = world.broadcast(world.run_on_rank0("linear", lambda: self._fit(cuts)))
         assert linear is not None
-        kind = "validation" if len(cuts) == 1 else "cross-validated"
         return linear, _choice(linear, f"{kind} NDCG@{max(self.config.evaluate.k)}")
 
     def _cuts(self) -> Iterator[PreparedDataset]:
@@ -259,7 +260,8 @@ class Finish:
                 cut = hold_out(cut, CUT_SHARE_OF_LAST)
             else:
                 cut = hold_out(known, CUT_SHARE, number)
-            yield cut
+            if cut.held_out is not None and len(cut.held_out.values):
+                yield cut
 
     def _measured(
         self, dataset: PreparedDataset, model: DistributedModelParallel
@@ -271,8 +273,11 @@ class Finish:
             dataset, "valid", config.recommend.context, config.evaluate.mask_seen, most
         )
         model.eval()
-        ranker = evaluator.ranker(deepfm_of(model), self.world)
-        logits = ranker.scores(0, len(evaluator.users), len(evaluator.users))
+        n_users = len(evaluator.users)
+        if n_users:
+            logits = evaluator.ranker(deepfm_of(model), self.world).scores(0, n_users, n_users)
+        else:
+            logits = np.empty((0, len(evaluator.catalogue)), np.float32)
         by_row = torch.full((len(logits), n_items), -torch.inf)
         by_row[:, torch.from_numpy(evaluator.catalogue.rows).long()] = torch.from_numpy(logits)
         lengths, items = HistorySampler(dataset).full(evaluator.users)
