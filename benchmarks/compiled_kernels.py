@@ -122,13 +122,13 @@ def _resources(arch: int, ptx: str) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        told = subprocess.run(
+        output = subprocess.run(
             [tool, "-v", f"--gpu-name={target[1]}", source, "-o", f"{folder}/kernel.cubin"],
             capture_output=True,
             text=True,
             check=True,
         ).stderr
-    registers, stack = re.search(r"Used (\d+) reg", told), re.search(r"(\d+) bytes stack", told)
+    registers, stack = re.search(r"Used (\d+) reg", output), re.search(r"(\d+) bytes stack", output)
     assert registers is not None and stack is not None
     return int(registers[1]), int(stack[1])
 

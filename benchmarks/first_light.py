@@ -87,7 +87,7 @@ def machine(device: str) -> dict[str, Any]:
 
 @check(90, "every parameter and buffer on the device")
 def placement(device: str) -> int:
-    """Where a sharded model lies, at one rank."""
+    """The placement of a sharded model at one rank."""
     from deepfm_dist.build import shard_for_training
     from deepfm_dist.data.dataset import PreparedDataset
     from deepfm_dist.distributed.process_group import process_group
@@ -476,10 +476,10 @@ def _outcome(name: str, device: str) -> dict[str, Any]:
     try:
         return {"found": CHECKS[name].run(device)}
     except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
+        text = " ".join(f"{type(error).__name__}: {error}".split())
         frames = itertools.islice(reversed(traceback.extract_tb(error.__traceback__)), 3)
         where = ", ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames)
-        return {"failed": f"{told[-600:]} ({where})"}
+        return {"failed": f"{text[-600:]} ({where})"}
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def size_of(folder: Path) -> int:
 
 
 class DiskWatch(threading.Thread):
-    """Looks how much lies in a folder, and keeps the most."""
+    """Measures a folder repeatedly and keeps the maximum."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(daemon=True)

@@ -3,7 +3,7 @@
 The notebook's shape, generated: 31,360 users, 6,807 items, dim 10, 30-20-10, trained for a few
 steps; every user's top 10 of the items not seen in training, written as Parquet and CSV. The
 time is that of ranking and of writing its parts, without start and merge. A rank's memory is its
-peak resident set, and what it takes beside a process that has imported what computes, torch and
+peak resident set, and what it takes above a process that has imported what computes, torch and
 TorchRec; pages that ranks share count in each.
 
     python benchmarks/recommend.py
@@ -81,7 +81,7 @@ def main() -> int:
             print(
                 f"{ranks} rank{'s' * (ranks > 1)}: {speed / 1e6:.1f} M pairs/s, "
                 f"{speed / first:.2f} times the first; a rank's peak {peak:.2f} GiB, "
-                f"{peak - imported_gib:.2f} GiB beside the imports"
+                f"{peak - imported_gib:.2f} GiB above the imports"
             )
     print(json.dumps(report))
     return 0

@@ -59,8 +59,8 @@ def main() -> None:
     width = -(-(arguments.dim + 1) // 4) * 4
     print(f"machine: {cpu_model()}, 1 thread")
     packages = ("torch", "fbgemm-gpu-cpu", "numba")
-    told = ", ".join(f"{name} {version(name)}" for name in packages)
-    print(f"versions: python {platform.python_version()}, {told}")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    print(f"versions: python {platform.python_version()}, {versions}")
     print(f"command: {shlex.join(['python', *sys.argv])}")
     fbgemm_s = backward_s(arguments.batch_size, width)
     kernels.register()

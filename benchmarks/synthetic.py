@@ -315,7 +315,7 @@ def write(
 
     Args:
         population: What to draw.
-        folder: Where the files go; made if it is not there.
+        folder: Where the files go; created if missing.
         progress: Whether to show a progress bar where standard error is a terminal.
 
     Returns:
@@ -454,7 +454,7 @@ def _draw_items(
     for first in tqdm(blocks, "drawing", unit="block", disable=None if progress else True):
         block = slice(first, first + BLOCK_USERS)
         logits = _logits(user_factors[block], item_factors, item_bias)
-        # Gumbel top-k told as a race: the k first arrivals at rates exp(logit).
+        # Gumbel top-k as a race: the k first arrivals at rates exp(logit).
         arrivals = rng.standard_exponential(logits.shape) * np.exp(-logits)
         for row, count in zip(arrivals, counts[block], strict=True):
             begin, end = end, end + int(count)
@@ -464,7 +464,7 @@ def _draw_items(
 
 
 def _place_missing_items(item: NDArray[np.int32], n_items: int, rng: np.random.Generator) -> None:
-    """Give each item nobody drew the place of a random row whose item others have too.
+    """Give each undrawn item the place of a random row whose item occurs elsewhere, too.
 
     Args:
         item: (n_interactions,) int32, changed in place.

@@ -588,8 +588,8 @@ def main() -> None:
     if args.device == "cuda":
         print(f"GPU: {torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
     packages = ("torch", "torchrec", "numpy")
-    told = ", ".join(f"{name} {version(name)}" for name in packages)
-    print(f"versions: python {platform.python_version()}, {told}")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    print(f"versions: python {platform.python_version()}, {versions}")
     print(f"command: {shlex.join(['python', *sys.argv])}", flush=True)
     report: dict[str, Any] = {}
     ours_alone = float("nan")

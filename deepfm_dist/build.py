@@ -38,7 +38,7 @@ from deepfm_dist.distributed.world import World
 from deepfm_dist.environment import available_bytes, memory_bytes
 from deepfm_dist.errors import ConfigError, EnvironmentProblem
 from deepfm_dist.log import Logger, TensorBoard
-from deepfm_dist.messages import brief, plural
+from deepfm_dist.messages import error_line, plural
 from deepfm_dist.model.deepfm import DeepFM, Table, build_deepfm
 from deepfm_dist.model.losses import CatalogueLoss, DeepFMTrain
 from deepfm_dist.model.pairs import PairScorer
@@ -218,7 +218,7 @@ def _imported_over_arch(config: ModelConfig, in_features: int) -> nn.Module:
             out = over_arch(torch.zeros(2, in_features))
     except Exception as error:
         raise ConfigError(
-            f"{where}: cannot be built: {_one_line(error)}; it is called with in_features "
+            f"{where}: cannot be built: {error_line(error)}; it is called with in_features "
             f"and model.over_arch_options, then with [B, in_features]"
         ) from None
     if not isinstance(out, Tensor) or out.shape != (2,):
@@ -233,11 +233,7 @@ def _import(path: str, where: str, form: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:
-        raise ConfigError(f"{where}: {_one_line(error)}; give {form}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return brief(f"{type(error).__name__}: {error}")
+        raise ConfigError(f"{where}: {error_line(error)}; give {form}") from None
 
 
 def shard_for_training(

@@ -41,10 +41,10 @@ from deepfm_dist.training.settings import NightlyConfig, TrainerConfig, TuneConf
 from deepfm_dist.typed_yaml import (
     DuplicateKeyError,
     load,
-    one_line,
     parse_override,
     parse_scalars,
     set_value,
+    yaml_error,
 )
 
 NAMED = [BUNDLE / "configs"]
@@ -217,7 +217,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     except DuplicateKeyError as error:
         raise ConfigError(f"{file}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{file}: not readable as YAML: {one_line(error)}") from None
+        raise ConfigError(f"{file}: not readable as YAML: {yaml_error(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: expected sections (run, data, model, ...), got {short(tree)}")
     for override in overrides:

@@ -19,6 +19,7 @@ from typing import Any
 from deepfm_dist import environment
 from deepfm_dist.arguments import Parser, complete
 from deepfm_dist.environment import Problem, memory_bytes
+from deepfm_dist.messages import error_line
 from deepfm_dist.terminal import coloured
 from deepfm_dist.version import __version__
 
@@ -67,7 +68,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
         failure = _try_torch(report, problems, wants_gpu, must_have_gpu=device == "cuda")
     # A broken binary may raise ImportError, OSError, RuntimeError or AttributeError.
     except Exception as error:
-        failure = _in_one_line(error)
+        failure = error_line(error)
     if failure is not None:
         report["self_test"] = "failed"
         fatal = any(problem.fatal for problem in problems)
@@ -251,12 +252,8 @@ def run_self_test(device: str) -> None:
     try:
         self_test(device)
     except Exception as error:
-        print(_in_one_line(error), flush=True)
+        print(error_line(error), flush=True)
         sys.exit(1)
-
-
-def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def _last_line(text: str) -> str:

@@ -77,7 +77,7 @@ class Lock:
             InUse: another process holds it.
             DeepFMError: the lock file cannot be written.
         """
-        begun, said = time.monotonic(), False
+        begun, is_logged = time.monotonic(), False
         while True:
             with write_errors_to_user(self.path.parent, self._elsewhere):
                 holder = self._try()
@@ -89,9 +89,9 @@ class Lock:
                     f"{self._what}: in use by {_describe(holder)}; wait for it, stop it, or "
                     f"{self._cure}"
                 )
-            if not said and waited > 1:
+            if not is_logged and waited > 1:
                 log.info("%s: in use by %s; waiting for it", self._what, _describe(holder))
-                said = True
+                is_logged = True
             time.sleep(min(0.2, wait_s - waited))
 
     def release(self) -> None:

@@ -12,6 +12,11 @@ def brief(error: object) -> str:
     return text or type(error).__name__
 
 
+def error_line(error: Exception) -> str:
+    """An error with its type, on one line: ``ValueError: bad shape``."""
+    return brief(f"{type(error).__name__}: {error}")
+
+
 def short(value: object, length: int = 120) -> str:
     """The repr of a value, cut to at most ``length`` characters."""
     text = repr(value)

@@ -262,7 +262,7 @@ def storage_errors_to_user(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_remote(path) or not is_of_storage(error) or _is_of_this_disk(error):
+        if not is_remote(path) or not is_of_storage(error) or _is_local_disk_full(error):
             raise
         raise DeepFMError(
             f"{path}: cannot be used: {brief(error)}; check the address, the credentials and the "
@@ -303,7 +303,7 @@ def write_errors_to_user(folder: Path, cure: str = ANOTHER_ROOT) -> Iterator[Non
         raise DeepFMError(f"{named}: cannot be written: {reason}; {cure}") from None
 
 
-def _is_of_this_disk(error: Exception) -> bool:
+def _is_local_disk_full(error: Exception) -> bool:
     """Whether a transfer failed because a local disk is full or cannot be written."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 

@@ -161,7 +161,7 @@ def parse_override(override: str, section: type[Section]) -> tuple[str, Any]:
     except yaml.YAMLError as error:
         if str in kinds and text[:1] not in ("[", "{", "'", '"'):
             return name, Plain(text)  # such as %d/%m/%Y, which YAML requires to be quoted
-        raise ConfigError(f"{override!r}: the value is not YAML: {one_line(error)}") from None
+        raise ConfigError(f"{override!r}: the value is not YAML: {yaml_error(error)}") from None
 
 
 def settings_of(override: str, section: type[Section]) -> list[str]:
@@ -200,7 +200,7 @@ def set_value(tree: dict[str, Any], name: str, value: Any, origin: str) -> None:
     tree[last] = value
 
 
-def one_line(error: Exception) -> str:
+def yaml_error(error: Exception) -> str:
     """A YAML error on one line."""
     text = brief(error)
     return f"{text}; put the value in quotes" if "cannot start any token" in text else text

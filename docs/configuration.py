@@ -52,9 +52,9 @@ def _sections(section: type[Section], path: str) -> Iterator[str]:
         if below is None or suffix or field.is_required():
             lines.append(_line(name, field, below, dotted + suffix, name in section.chosen))
     if lines and path:
-        # A list in a list is told once, where it is met first.
-        told = " ".join((section.__doc__ or "").split()).partition(" Attributes:")[0]
-        heading = f"{'#' * min(path.count('.') + 2, 4)} `{path}`\n\n{told}\n"
+        # A list in a list is described once, at its first occurrence.
+        text = " ".join((section.__doc__ or "").split()).partition(" Attributes:")[0]
+        heading = f"{'#' * min(path.count('.') + 2, 4)} `{path}`\n\n{text}\n"
         yield "\n".join([heading, "| field | value | default | |", "|---|---|---|---|", *lines, ""])
     for dotted, below in inner:
         yield from _sections(below, dotted)
@@ -63,11 +63,11 @@ def _sections(section: type[Section], path: str) -> Iterator[str]:
 def _line(
     name: str, field: FieldInfo, below: type[Section] | None, dotted: str, is_auto: bool
 ) -> str:
-    told = _escaped(" ".join((field.description or "").split()).replace("``", "`"))
+    text = _escaped(" ".join((field.description or "").split()).replace("``", "`"))
     if below is not None:
-        told += f" Each as under `{dotted}`."
+        text += f" Each as under `{dotted}`."
     default = "`auto`" if is_auto else _default(field)
-    return f"| `{name}` | {_escaped(_kind(field))} | {default} | {told} |"
+    return f"| `{name}` | {_escaped(_kind(field))} | {default} | {text} |"
 
 
 def _section_in(annotation: Any) -> tuple[type[Section] | None, str]:

@@ -252,7 +252,7 @@ def test_later_tracebacks_name_no_rank() -> None:
     assert run_alone(_hook_is_left_alone)
 
 
-def test_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     orders, _ = shop()
     with pytest.raises(DataError, match=r"interactions: no column 'user'; available: who, what"):
         fit(orders, folder=tmp_path)

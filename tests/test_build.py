@@ -149,7 +149,7 @@ def _after_another_run(folder: Path, config: Config, training: bool) -> tuple[bo
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_what_torch_was_told_for_one_run_is_not_in_force_in_the_next(
+def test_torch_settings_of_one_run_do_not_affect_the_next(
     sample: PreparedDataset, sample_config: Config, training: bool
 ) -> None:
     left = run_alone(_after_another_run, sample.folder, sample_config, training)
@@ -232,7 +232,7 @@ def folder(sample: PreparedDataset, tmp_path: Path) -> Folder:
     return Folder(sample, tmp_path)
 
 
-def test_an_unfinished_run_of_the_same_settings_goes_on(folder: Folder) -> None:
+def test_an_unfinished_run_with_the_same_settings_resumes(folder: Folder) -> None:
     assert folder.begin() == 0
     folder.save(10, 20)
     assert folder.begin() == 20
@@ -373,7 +373,7 @@ def test_results_without_a_checkpoint_are_moved_aside_too(folder: Folder) -> Non
 
 
 @pytest.mark.parametrize("lacks", ["checkpoint", "dataset"])
-def test_a_checkpoint_or_dataset_of_before_there_were_hashes_of_data_is_taken(
+def test_checkpoints_and_datasets_without_data_hashes_are_accepted(
     folder: Folder, lacks: str
 ) -> None:
     folder.save(20)
@@ -491,7 +491,7 @@ def _set(patch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
     "override",
     ["checkpoint.use=10", "checkpoint.use=5", "checkpoint.use=best", "checkpoint.resume=never"],
 )
-def test_a_restart_goes_on_from_the_latest(
+def test_a_restart_resumes_from_the_latest_checkpoint(
     folder: Folder, monkeypatch: pytest.MonkeyPatch, override: str, variable: str
 ) -> None:
     folder.save(10, 20, 30, best=20)
@@ -503,7 +503,7 @@ def test_a_restart_goes_on_from_the_latest(
         assert folder.steps_of("sample.1") == [10, 20, 30]
 
 
-def test_a_figure_that_is_none_cannot_be_watched() -> None:
+def test_unknown_figures_cannot_be_monitored() -> None:
     with pytest.raises(ConfigError, match=r"monitor=acu: not a figure .*; available: auc"):
         check_monitor_name(config_of("trainer.monitor=acu"))
 

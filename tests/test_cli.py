@@ -150,7 +150,7 @@ def test_prepare_succeeds_and_a_bug_keeps_its_traceback(
         cli.run("prepare", "", broken, [])
 
 
-def test_what_is_done_is_said_unless_quiet(
+def test_progress_is_logged_unless_quiet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for quiet in (False, True):
@@ -166,7 +166,7 @@ def test_what_is_done_is_said_unless_quiet(
         (tmp_path / "sample" / "manifest.json").write_text("{}")
 
 
-def test_an_interrupt_is_no_bug() -> None:
+def test_an_interrupt_is_not_a_bug() -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 

@@ -229,7 +229,7 @@ def test_unknown_files_and_variables_are_named(monkeypatch: pytest.MonkeyPatch) 
         (b"[run]", "expected sections"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_named(
+def test_files_that_are_not_configurations_are_refused(
     tmp_path: Path, content: bytes, message: str
 ) -> None:
     path = tmp_path / "mine.yaml"
@@ -339,7 +339,7 @@ def test_what_is_not_text_is_what_yaml_makes_of_it() -> None:
 
 
 @pytest.mark.parametrize("setting", ["run.name", "data.name"])
-def test_a_run_s_folder_lies_below_its_root(setting: str) -> None:
+def test_a_run_s_folder_is_below_its_root(setting: str) -> None:
     for name in ("../x", "/tmp/x", "a//b", "a/", ".", "a/../../b", "", "a\nb", "a\0"):
         with pytest.raises(
             ConfigError, match="is not the name of a folder below its root; use one"
@@ -522,6 +522,6 @@ def test_names_of_files_in_braces_are_names() -> None:
             load_config("sample", [f"data.split={text}"])
 
 
-def test_a_pair_without_a_space_is_told_to_have_one() -> None:
+def test_missing_spaces_in_yaml_are_reported() -> None:
     with pytest.raises(ConfigError, match=r"space after the colon: write genre: 5$"):
         load_config("sample", ["recommend.at_most={genre:5}"])

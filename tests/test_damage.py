@@ -83,7 +83,7 @@ def test_a_run_without_its_configuration_is_read_from_the_checkpoint(
         cli._config_of(asked)
 
 
-def test_a_configuration_of_a_version_with_fewer_sections_is_whole(
+def test_configurations_of_versions_with_fewer_sections_are_accepted(
     home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = home / "runs/sample"

@@ -208,9 +208,7 @@ def placed_on(size: int, optimizer: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
 @pytest.mark.parametrize("size", [1, 2])
-def test_every_parameter_and_buffer_lies_on_the_device(
-    meta: None, size: int, optimizer: str
-) -> None:
+def test_every_parameter_and_buffer_is_on_the_device(meta: None, size: int, optimizer: str) -> None:
     places = run_alone(placed_on, size, optimizer)
     assert any(name.endswith("running_var") for name in places)
     assert any(name.endswith("power_F") for name in places)

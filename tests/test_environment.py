@@ -151,7 +151,7 @@ def test_a_broken_installation_has_one_problem_and_its_cure(
     assert "\n" not in str(problem)
 
 
-def test_what_a_plain_pip_install_of_torchrec_brings_is_reported_whole() -> None:
+def test_all_problems_of_a_plain_pip_install_of_torchrec_are_reported() -> None:
     installation = replace(
         with_versions(CPU, fbgemm_gpu_cpu=None, fbgemm_gpu="1.9.0"), has_nvidia_driver=False
     )
@@ -350,7 +350,7 @@ def test_the_doctor_is_content_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert "gloo" in out
 
 
-def test_the_doctor_speaks_json(no_self_test: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_prints_json(no_self_test: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--json", "--device", "cpu"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["variant"] == environment.observe().variant

@@ -139,7 +139,7 @@ def test_deterministic_training_repeats_itself_bit_for_bit(
         ("cpu", "rowwise_adagrad", CUT),
     ],
 )
-def test_a_resumed_run_goes_on_bit_for_bit(
+def test_a_resumed_run_is_identical_bit_for_bit(
     sample: PreparedDataset, tmp_path: Path, device: str, optimizer: str, plan: str
 ) -> None:
     tables = f"optimizer.tables={{name: {optimizer}, lr: 0.003}}"

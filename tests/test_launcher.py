@@ -65,7 +65,7 @@ def test_a_launch_is_read() -> None:
         ({"SLURM_PROCID": "x", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, ()),
     ],
 )
-def test_leftovers_of_another_tool_are_no_launch(
+def test_leftover_variables_are_not_a_launch(
     leftovers: dict[str, str], ignored: tuple[str, ...]
 ) -> None:
     assert read_launch(leftovers) == Launch(ignored=ignored)
@@ -130,7 +130,7 @@ def test_a_mistake_is_shown_whatever_the_variables_say(
     assert capsys.readouterr().err.splitlines()[-1].startswith(message)
 
 
-def test_what_is_ignored_is_said(
+def test_ignored_options_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -184,7 +184,7 @@ def test_tensorboard_shows_one_run(
     assert [(e.step, e.value) for e in actual.Scalars("train/loss")] == shown
 
 
-def test_what_was_written_is_read_back_as_it_was(tmp_path: Path) -> None:
+def test_written_values_are_read_back_unchanged(tmp_path: Path) -> None:
     """Every kind of event, its figures included, and a number that JSON does not know."""
     written = [
         TrainEvent(step=1, rows_per_s=9, seconds={"data": 0.5}, sent_bytes={"ids": 8}, auc=0.75),
@@ -221,7 +221,7 @@ def test_what_was_written_is_read_back_as_it_was(tmp_path: Path) -> None:
         b"\x00\x00\x00",
     ],
 )
-def test_a_line_that_is_no_event_is_skipped_and_counted(
+def test_damaged_lines_are_skipped_and_counted(
     tmp_path: Path, line: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, third = (TrainEvent(step=step).line().encode() for step in (1, 3))
@@ -259,7 +259,7 @@ def test_a_bar_within_another_takes_its_line_in_notebooks(
     assert "\n" not in shown and "\x1b[A" not in shown  # which notebooks show as lines
 
 
-def test_bars_of_several_threads_leave_the_log_as_it_was() -> None:
+def test_bars_of_several_threads_restore_the_log() -> None:
     before = logging.getLogger().handlers[:]
     both_inside = threading.Barrier(2)
     first_out = threading.Event()

@@ -33,14 +33,14 @@ OPTIONS = (
 
 
 @pytest.mark.parametrize(("name", "override"), TAKES)
-def test_a_url_is_kept_as_it_is(name: str, override: str) -> None:
+def test_a_url_is_kept_unchanged(name: str, override: str) -> None:
     section, _, field = name.partition(".")
     assert getattr(getattr(load_config("sample", [override]), section), field) in override
 
 
 @pytest.mark.parametrize("name", [*LOCAL, *(name for name, _ in TAKES)])
 @pytest.mark.parametrize("text", ["s3:", "s3:bucket", "s3:/bucket", "s3://", "gs:bucket/x"])
-def test_half_a_url_is_no_folder(name: str, text: str) -> None:
+def test_incomplete_urls_are_not_folders(name: str, text: str) -> None:
     scheme = text.partition(":")[0]
     with pytest.raises(DeepFMError, match=rf"is not a complete URL; write {scheme}://\w") as caught:
         load_config("sample", [f"{name}='{text}'"])

@@ -78,7 +78,7 @@ def test_ten_lines_train_a_model_that_ranks(sample: PreparedDataset) -> None:
     assert "auto" not in str(again.model_dump(mode="json", include={"model", "optimizer"}))
 
 
-def test_what_is_not_resolved_stays_so_when_it_is_written_out(sample: PreparedDataset) -> None:
+def test_unresolved_settings_are_saved_as_auto(sample: PreparedDataset) -> None:
     config = _config()
     again = config_from(config.model_dump(mode="json"))
     manifest = _manifest(sample, config)
@@ -513,7 +513,7 @@ def _refused(settings: list[str], message: str) -> None:
         train(load_config(SAMPLE, settings))
 
 
-def test_a_ranking_that_nobody_can_be_validated_on_is_refused(tmp_path: Path) -> None:
+def test_rankings_without_validation_users_are_refused(tmp_path: Path) -> None:
     """Each user has one row, so that those of validation are of users without training rows."""
     rows = pd.DataFrame({"u": range(40), "i": [k % 3 for k in range(40)]})
     rows.to_csv(tmp_path / "a.csv", index=False)

@@ -30,7 +30,7 @@ def test_a_url_without_a_library_for_it_is_one_line(monkeypatch: pytest.MonkeyPa
         folder_of("s3://b")
 
 
-def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file"
     with atomic_write(path) as aside:
         aside.write_text("whole")

@@ -303,7 +303,7 @@ def test_command_writes_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert set(contents(tmp_path / "out")) == {*TEXT_FILES, SCORES_FILE}
 
 
-def test_command_tells_an_error_in_one_line(
+def test_commands_print_errors_on_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(tmp_path / "out"), "--seed", "-1"]) == 2

@@ -77,13 +77,13 @@ def check_match(
     hashes = state.get("data_hash"), manifest.data_hash
     if hashes[0] == hashes[1] or None in hashes:
         return
-    said = f"{folder} holds other rows than {checkpoint} was trained on ({reason})"
+    text = f"{folder} holds other rows than {checkpoint} was trained on ({reason})"
     if same_rows:
         raise CheckpointError(
-            f"{said}: held-out rows may be among those it was trained on, and figures on them "
+            f"{text}: held-out rows may be among those it was trained on, and figures on them "
             f"would flatter it; {cure}"
         )
-    log.warning("%s: histories and values of users and items are those of the dataset", said)
+    log.warning("%s: histories and values of users and items are those of the dataset", text)
 
 
 def changed_fields(state: Mapping[str, Any], manifest: Manifest) -> list[str]:
@@ -114,7 +114,7 @@ def check_start(
     if ours != theirs:
         raise ConfigError(
             f"{option}: its model was trained on {_targets(theirs)}, and data.interactions has "
-            f"{_targets(ours)}; start from a run with the same targets, or train afresh"
+            f"{_targets(ours)}; start from a run with the same targets, or train from scratch"
         )
     shared = [*shared_fields(trained, manifest.data)]
     for one, other in shared:
@@ -124,7 +124,7 @@ def check_start(
                 raise ConfigError(
                     f"{option}: data.features: {one.name}: {setting} is {now[setting]!r} and was "
                     f"{before[setting]!r} in training; set it back, or give the field (and its "
-                    f"table) another name, to start it afresh"
+                    f"table) another name, to train it from scratch"
                 )
         for name, old, new in field_differences(one, other):
             log.warning("%s: %s=%s, not %s: its weights are used anyway", option, name, new, old)

@@ -197,12 +197,12 @@ class PreparedDataset:
     def _fields(self, cold: bool) -> dict[str, Values]:
         fields: dict[str, Values] = {}
         for name in self.manifest.entities:
-            of_entity = [
+            cold_fields = [
                 f for f in self.manifest.features if f.entity == name and f.describes_entity
             ]
-            if of_entity:
+            if cold_fields:
                 kinds = self.files.open(f"entities/{name}.parquet").schema_arrow
-                for f in of_entity:
+                for f in cold_fields:
                     if pa.types.is_list(kinds.field(f.name).type):
                         fields[f.name] = self._mapped_if_large(name, [f.name], _as_it_is, cold)
                     else:

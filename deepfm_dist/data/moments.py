@@ -77,18 +77,18 @@ def _put(sums: Int64Array, word: int, sign: int) -> None:
 
 @compiled
 def _add(sums: Int64Array, numbers: npt.NDArray[np.float64]) -> None:
-    of_number = np.empty(3, np.float64)  # the number, its rounded square, and the rounding error
-    words = of_number.view(np.int64)
+    terms = np.empty(3, np.float64)  # the number, its rounded square, and the rounding error
+    words = terms.view(np.int64)
     for i in range(len(numbers)):
         x = numbers[i]
-        of_number[0] = x
+        terms[0] = x
         x = min(max(x, -_MOST_SQUARED), _MOST_SQUARED)
         scaled = _SPLITTER * x
         high = scaled - (scaled - x)
         low = x - high
         square = x * x
-        of_number[1] = square
-        of_number[2] = ((high * high - square) + 2.0 * high * low) + low * low
+        terms[1] = square
+        terms[2] = ((high * high - square) + 2.0 * high * low) + low * low
         for k in range(3):
             word = words[k] & 0x7FFFFFFFFFFFFFFF
             _put(sums[min(k, 1)], word, -1 if words[k] < 0 else 1)

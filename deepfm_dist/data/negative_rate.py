@@ -66,7 +66,7 @@ class NegativeRate:
         n_positives = np.concatenate(
             [bags.lengths for bags in (dataset.training_history, dataset.rare_history)]
         )[: len(seen)]
-        wanted, unseen = _wanted_and_unseen(n_positives, seen, weights, spec.per_positive)
+        wanted, unseen = _draws_and_unseen_weight(n_positives, seen, weights, spec.per_positive)
         log_of_all = np.log(wanted.sum() / unseen[wanted > 0].sum())
         n_cold = manifest.cold.get("item", 0)
         return cls(
@@ -99,7 +99,7 @@ class NegativeRate:
         n_positives = np.bincount(owners, minlength=len(histories))
         seen = drawable_items([histories, *others], self.n_items + 1)
         weights = np.exp(self.log_of_item[1 : self.n_items + 1])
-        wanted, unseen = _wanted_and_unseen(n_positives, seen, weights, self.per_positive)
+        wanted, unseen = _draws_and_unseen_weight(n_positives, seen, weights, self.per_positive)
         log_of_user = _log_ratio(wanted, unseen, self.log_of_all)
         return replace(self, log_of_user=log_of_user).shifted(*self.shifts)
 
@@ -116,7 +116,7 @@ class NegativeRate:
         return rates
 
 
-def _wanted_and_unseen(
+def _draws_and_unseen_weight(
     n_positives: npt.NDArray[np.integer], seen: Jagged, weights: FloatArray, per_positive: int
 ) -> tuple[FloatArray, FloatArray]:
     """Each user's number of negatives per epoch, and the total weight of the items to draw from."""

@@ -246,10 +246,10 @@ def _draw_per_positive(
     """
     size, n, last = len(slots), 0, len(seen) - 1
     rows, begins, ends = np.empty_like(slots), np.empty_like(slots), np.empty_like(slots)
-    words, stretches = np.empty(size, np.uint64), np.empty(size, np.int64)
+    words, parts = np.empty(size, np.uint64), np.empty(size, np.int64)
     for i in range(size):
         begins[n], ends[n] = offsets[users[i]], offsets[users[i] + 1]
-        rows[n], words[n], stretches[n] = i, positives[i], slots[i]
+        rows[n], words[n], parts[n] = i, positives[i], slots[i]
         free = n_items - (ends[n] - begins[n])
         n += (slots[i] > 0) & (slots[i] <= free)  # slots of other rows are overwritten
     key = mix(np.uint64(seed))
@@ -257,14 +257,14 @@ def _draw_per_positive(
     for i in range(n):
         words[i] = mix(key ^ words[i])
     for i in range(n):
-        again[i] = mix(words[i] ^ np.uint64(stretches[i]))
+        again[i] = mix(words[i] ^ np.uint64(parts[i]))
     for i in range(n):
         ranks[i] = n_items - (ends[i] - begins[i])
     for i in range(n):
         free = ranks[i]
-        n_stretches = min(per_positive, free)
-        low = _quotient((stretches[i] - 1) * free, n_stretches)
-        high = _quotient(stretches[i] * free, n_stretches)
+        n_parts = min(per_positive, free)
+        low = _quotient((parts[i] - 1) * free, n_parts)
+        high = _quotient(parts[i] * free, n_parts)
         rank = low + _below(again[i], high - low) + _below(words[i], free)
         ranks[i] = rank - free if rank >= free else rank
     guesses, looked = np.empty(n, np.int64), np.empty(n, np.int32)

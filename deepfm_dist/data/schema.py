@@ -84,7 +84,7 @@ _Mark = Annotated[str, Field(min_length=1), AfterValidator(_unescaped)]
 
 
 class FileFormat(Section):
-    """How one input file is laid out, where its name does not tell."""
+    """The layout of an input file, if its name does not show it."""
 
     columns: tuple[str, ...] | None = None
     """Column names of a file without a header line; for libsvm: the label, then one per field."""
@@ -382,12 +382,12 @@ class Feature(Section):
 
     def settled_by(self, prepared: "Feature") -> "Feature":
         """The field with open settings filled in by what preparation detected."""
-        found = {
+        settled = {
             option: getattr(prepared, option)
             for option in ("several", "dim")
             if getattr(self, option) is None
         }
-        return self.model_copy(update=found)
+        return self.model_copy(update=settled)
 
     @property
     def meaning(self) -> dict[str, Any]:
@@ -400,8 +400,8 @@ class Feature(Section):
         free |= {"last", "several", "npy"}  # `multi_valued` covers `several`
         if self.transform != "bucket":
             free.add("buckets")
-        said = self.model_dump(exclude=free)
-        return said | {
+        settings = self.model_dump(exclude=free)
+        return settings | {
             "table": self.table_name,
             "entity's own id": self.names_entity,
             "several values": self.multi_valued,
@@ -546,10 +546,10 @@ class Split(Section):
                 raise ValueError("method=users does not go with valid_file or test_file")
         if self.method != "users" and self.fold_in != type(self).model_fields["fold_in"].default:
             raise ValueError(f"fold_in={self.fold_in:g} is for method=users; leave it out")
-        of_shares = self.method not in ("leave_last", "users") or (
+        are_shares = self.method not in ("leave_last", "users") or (
             self.method == "users" and max(self.valid, self.test) < 1
         )
-        if of_shares and self.valid + self.test >= 1:
+        if are_shares and self.valid + self.test >= 1:
             raise ValueError(f"valid + test leave no training rows (got {self.valid + self.test})")
         return self
 

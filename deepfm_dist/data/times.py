@@ -463,12 +463,12 @@ def _struct(
     whole: pa.Array, billionths: pa.Array, dated: bool, zone: int = _UNZONED
 ) -> pa.StructArray:
     """Columns -> `TIME`, null if ``whole`` is null."""
-    of_all = [
+    constants = [
         pa.repeat(pa.scalar(v, t), len(whole))
         for v, t in ((dated, pa.bool_()), (zone, pa.int8()), (False, pa.bool_()))
     ]
     return pa.StructArray.from_arrays(
-        [whole, billionths.cast(pa.int32()), *of_all], fields=list(TIME), mask=pc.is_null(whole)
+        [whole, billionths.cast(pa.int32()), *constants], fields=list(TIME), mask=pc.is_null(whole)
     )
 
 

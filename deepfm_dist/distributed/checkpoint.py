@@ -79,7 +79,7 @@ _NAME = re.compile(r"step_(\d{8,})")
 _IN_TABLE = ".embedding_bags."
 _OVER_ARCH = "model.interaction_arch.over_arch."
 _TIMEOUT = timedelta(hours=1)  # ranks may write very different amounts
-_OF_DAMAGE = (RuntimeError, ValueError, EOFError, UnpicklingError)
+_DAMAGE_ERRORS = (RuntimeError, ValueError, EOFError, UnpicklingError)
 T = TypeVar("T")
 
 
@@ -777,7 +777,7 @@ def _errors_to_user(work: Callable[[], T], path: Path, what: str) -> T:
     except CheckpointException as error:
         reason = next((failure[0] for failure in error.failures.values()), error)
     except Exception as error:
-        if not (is_of_storage(error) or isinstance(error, _OF_DAMAGE)):
+        if not (is_of_storage(error) or isinstance(error, _DAMAGE_ERRORS)):
             raise
         reason = error
     raise CheckpointError(f"{path}: {what}: {brief(reason)}")

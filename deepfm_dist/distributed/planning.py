@@ -255,7 +255,7 @@ def _table_demand(
     Args:
         job: the plan's inputs.
         config: the table.
-        placement: where it lies.
+        placement: of the table.
         width: numbers per row.
         weight_bytes: of a row, unless it is replicated.
     """

@@ -147,7 +147,7 @@ class OptimizerConfig(Section):
 
 
 class TablePlan(Section):
-    """Where one table lies."""
+    """The placement of one table."""
 
     kind: Literal["auto", "table_wise", "row_wise", "table_row_wise", "replicated"] = "auto"
     """Whole on one rank, split by rows over all ranks or over those of one machine (CUDA only), or

@@ -95,9 +95,9 @@ class Inputs:
         terms = values * amounts_B[self.rows]
         totals = np.bincount(self.columns, terms, len(self.groups)).astype(np.float64, copy=False)
         for block in self.vectors:
-            of_each = np.bincount(block.which, amounts_B, len(block.vectors))
+            by_vector = np.bincount(block.which, amounts_B, len(block.vectors))
             vectors = block.vectors**2 if squared else block.vectors
-            totals[block.columns] += of_each @ vectors
+            totals[block.columns] += by_vector @ vectors
         return totals
 
 

@@ -115,7 +115,7 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
     check_monitor_name(config)
     check_finish(config, manifest)
     first_order.check(config, manifest)
-    dataset = _with_something_held_out(config, dataset, world)
+    dataset = _hold_out_items(config, dataset, world)
     batches = training_batches(config, dataset, world)
     last_step = config.trainer.last_step(batches.steps_per_epoch)
     check_profiled(config.trainer.profile_steps, last_step)
@@ -163,9 +163,7 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
     return Trained(start.state, stopped)
 
 
-def _with_something_held_out(
-    config: Config, dataset: PreparedDataset, world: World
-) -> PreparedDataset:
+def _hold_out_items(config: Config, dataset: PreparedDataset, world: World) -> PreparedDataset:
     """The dataset with items held out for validation by ``trainer.hold_out``."""
     if not config.trainer.hold_out:
         return dataset

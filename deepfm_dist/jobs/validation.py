@@ -12,7 +12,7 @@ from deepfm_dist.ranking.evaluation import RANKING_FIGURES, RankingEvaluator
 from deepfm_dist.ranking.items import cold_items_to_rank
 from deepfm_dist.training.checks import check_monitor
 from deepfm_dist.training.evaluation import RowEvaluator
-from deepfm_dist.training.metrics import of_target
+from deepfm_dist.training.metrics import target_figure
 from deepfm_dist.training.state import HIGHER_IS_BETTER, LOWER_IS_BETTER
 
 MOST_USERS = 10_000
@@ -85,7 +85,7 @@ def check_monitor_name(config: Config) -> None:
     monitor = config.monitor
     figures = [*HIGHER_IS_BETTER, *LOWER_IS_BETTER]
     for target in config.data.interactions.labels:
-        figures += [of_target(target, name) for name in (*HIGHER_IS_BETTER, *LOWER_IS_BETTER)]
+        figures += [target_figure(target, name) for name in (*HIGHER_IS_BETTER, *LOWER_IS_BETTER)]
     if config.data.task == "implicit":
         figures += [f"{name}@{k}" for k in config.evaluate.k for name in RANKING_FIGURES]
     if monitor is not None and monitor not in figures:

@@ -173,15 +173,15 @@ class Explainer:
             most: maximum number of reasons per item.
         """
         n, n_fields = len(items), len(self._names)
-        of_users = []
+        parts_of_users = []
         for flags, batch in users:
             parts = self._parts(batch, False)
             if flags is not None:
                 parts = parts.select(torch.from_numpy(flags)[parts.owner])
-            of_users.append(parts)
+            parts_of_users.append(parts)
         rows, inverse = np.unique(items.values, return_inverse=True)
         item_parts = self._parts(self._encoder.item_batch(rows.astype(np.int32)), True)
-        user_parts, place = _Parts.joined(of_users), torch.from_numpy(inverse)
+        user_parts, place = _Parts.joined(parts_of_users), torch.from_numpy(inverse)
         user_fields = user_parts.pooled(n, n_fields)
         item_fields = item_parts.pooled(len(rows), n_fields)
         by_user, by_item = _by_owner(user_parts, n), _by_owner(item_parts, len(rows))
@@ -293,10 +293,10 @@ class Explainer:
             owners.append(owner)
             fields.append(torch.full((count,), field))
             vectors.append(rows[:count, field] / divisors[owner, field][:, None])
-        found = _Parts(
+        sparse_parts = _Parts(
             torch.cat(owners), torch.cat(fields), sparse.values().long(), torch.cat(vectors)
         )
-        return _Parts.joined([found, *self._dense_parts(batch, is_item, rows)])
+        return _Parts.joined([sparse_parts, *self._dense_parts(batch, is_item, rows)])
 
     def _dense_parts(self, batch: Batch, is_item: bool, like: Tensor) -> list[_Parts]:
         """Numbers and vectors of users or items."""

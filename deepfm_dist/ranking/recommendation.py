@@ -402,7 +402,7 @@ def _with_short_list(
     rows = asked.users.rows
     places = _sample(len(rows), len(catalogue))
     sample = rows[places]
-    seen = catalogue.seen_in([(of_list[places], bags) for of_list, bags in asked.masked])
+    seen = catalogue.seen_in([(user_rows[places], bags) for user_rows, bags in asked.masked])
     index = None if config.index is None else ranker.make_index(config.index, config.probes)
     compared = _compare(ranker, sample, seen, config.k, config.candidates, index=index, world=world)
     return ranker.for_users(rows, config.candidates, index), {"short_list": compared}

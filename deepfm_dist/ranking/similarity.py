@@ -104,8 +104,8 @@ def similar_items(
         )
     catalogue = Catalogue(dataset, cold_items=cold_items)
     n = len(catalogue)
-    nobody = Users(np.zeros(0, np.int32))
-    item_ranker = ModelRanker.from_model(model, world, dataset, catalogue, nobody, {})
+    no_users = Users(np.zeros(0, np.int32))
+    item_ranker = ModelRanker.from_model(model, world, dataset, catalogue, no_users, {})
     vectors = world.to_host(item_ranker.item_vectors())
     if config.metric == "cosine":
         vectors = unit_length(vectors)

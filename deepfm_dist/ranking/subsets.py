@@ -41,8 +41,8 @@ class ItemSets:
 
     def sizes(self, n_items: int) -> Int64Array:
         """``[n]`` int64: number of items that each user may get, of a catalogue of ``n_items``."""
-        of_sets = np.array([*map(len, self.positions), n_items], np.int64)
-        sizes: Int64Array = of_sets[self.number]
+        set_sizes = np.array([*map(len, self.positions), n_items], np.int64)
+        sizes: Int64Array = set_sizes[self.number]
         return sizes
 
 
@@ -116,9 +116,9 @@ class SubsetRanker:
             members = torch.from_numpy(group.members).to(device)
             positions = group.best.positions
             if group.candidates is None and group.number != EVERYTHING:
-                of_set = torch.from_numpy(self._sets.positions[group.number]).to(device)
+                in_set = torch.from_numpy(self._sets.positions[group.number]).to(device)
                 there = positions != NO_ITEM
-                positions[there] = of_set[positions[there]].long()
+                positions[there] = in_set[positions[there]].long()
             best.scores[members], best.positions[members] = group.best.scores, positions
         return to_host(best.positions).numpy(), to_host(best.scores).numpy()
 

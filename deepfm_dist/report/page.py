@@ -26,7 +26,7 @@ from deepfm_dist.report.plots import Plot, Plotter
 from deepfm_dist.report.verdicts import MODEL, Verdict
 from deepfm_dist.storage import atomic_write, write_errors_to_user
 from deepfm_dist.training.evaluation import Unknown
-from deepfm_dist.training.metrics import Calibration, of_target, split_target
+from deepfm_dist.training.metrics import Calibration, split_target, target_figure
 from deepfm_dist.training.state import is_lower_better
 from deepfm_dist.version import __version__
 
@@ -102,7 +102,7 @@ class Report:
 
     Attributes:
         folder: of the run, with its ``plan.json``.
-        config_yaml: the settings in force.
+        config_yaml: the effective settings.
         checkpoint: the measured one.
         dataset: the prepared dataset.
         split: valid or test.
@@ -354,7 +354,7 @@ def _calibration(
     is_sampled: bool = False,
     target: str = "",
 ) -> Plot:
-    ratio = rows[of_target(target, "calibration") if target else "calibration"]
+    ratio = rows[target_figure(target, "calibration") if target else "calibration"]
     caption = (
         f"Each point is one of {len(curve.rows)} bins of about {curve.rows[0]:,.0f} rows, ordered "
         f"by prediction."

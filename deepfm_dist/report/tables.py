@@ -32,7 +32,7 @@ def metrics_table(
     Args:
         split: valid or test.
         rows: figures on its rows.
-        comparison: of rankings, where there are any.
+        comparison: of rankings, if any.
         cutoffs: values of K.
         composition: of the rows, see `Manifest.composition`.
     """
@@ -125,12 +125,12 @@ def plan_table(plan: Plan) -> str:
     )
     if all(table.cached is None for table in plan.tables):
         tables = tables.drop(columns="cached")
-    stretches: list[tuple[int, int, RankDemand]] = []
+    runs: list[tuple[int, int, RankDemand]] = []
     for number, rank in enumerate(plan.ranks):
-        if stretches and stretches[-1][2] == rank:
-            stretches[-1] = (stretches[-1][0], number, rank)
+        if runs and runs[-1][2] == rank:
+            runs[-1] = (runs[-1][0], number, rank)
         else:
-            stretches.append((number, number, rank))
+            runs.append((number, number, rank))
     ranks = pd.DataFrame(
         {
             "ranks": _stretch(first, last),
@@ -141,7 +141,7 @@ def plan_table(plan: Plan) -> str:
             "of limit": f"{rank.total_bytes / job.hbm_bytes:.1%}",
             "sends/step": format_bytes(rank.sent_bytes),
         }
-        for first, last, rank in stretches
+        for first, last, rank in runs
     )
     size = job.world.world_size
     machines = size // job.world.local_world_size

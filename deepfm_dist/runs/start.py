@@ -21,7 +21,7 @@ from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.launcher import read_launch
 from deepfm_dist.recipe import Choice, choices_in
 from deepfm_dist.runs.folder import has_results, name_aside, set_aside, set_steps_aside
-from deepfm_dist.runs.trained import WHERE_DATA_ARE, settings_in
+from deepfm_dist.runs.trained import DATA_LOCATION, settings_in
 from deepfm_dist.section import AUTO
 from deepfm_dist.storage import (
     folder_of,
@@ -31,10 +31,10 @@ from deepfm_dist.storage import (
 from deepfm_dist.training.state import LoopState
 
 log = logging.getLogger(__name__)
-_OF_STEPS = ("loss", "batch_size", "candidates", "targets_per_user", "accumulate_steps")
-_OF_ANY_MODEL = ("dropout", "init_std", "init_at_mean", "over_arch_init", "linear")
+_STEP_SETTINGS = ("loss", "batch_size", "candidates", "targets_per_user", "accumulate_steps")
+_INITIAL_SETTINGS = ("dropout", "init_std", "init_at_mean", "over_arch_init", "linear")
 """Model settings that do not change what trained weights mean."""
-_OF_LENGTH = ("epochs", "max_steps", "log_every_steps", "reading_threads", "profile_steps")
+_LENGTH_SETTINGS = ("epochs", "max_steps", "log_every_steps", "reading_threads", "profile_steps")
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _check_start(config: Config, manifest: Manifest, other: Saved) -> None:
             f"would be in the model twice; set checkpoint.start_from={other.path.parents[2]}"
         )
     for name, old, new in changed_settings(saved["model"], config.model.model_dump(mode="json")):
-        if name not in _OF_ANY_MODEL:
+        if name not in _INITIAL_SETTINGS:
             raise ConfigError(
                 f"{option}: its model has {name}={old}, not {new}; set "
                 f"model.{name}={str(old).replace(' ', '')}"
@@ -183,7 +183,7 @@ def _check_start(config: Config, manifest: Manifest, other: Saved) -> None:
     if weight_transfer(trained, manifest, config.model).moves:
         shared = {one.name for one, _ in shared_fields(trained, manifest.data)}
         for text, fields in (
-            ("start afresh", manifest.features),
+            ("are new", manifest.features),
             ("are left out", trained.features),
         ):
             names = [f.name for f in fields if f.name not in shared]
@@ -254,7 +254,7 @@ def _finished(config: Config, own: Saved, step: int, last_step: int) -> str:
     changed = [
         f"trainer.{name}={new} (was {old})"
         for name, old, new in changed_settings(saved, config.model_dump(mode="json")["trainer"])
-        if name not in _OF_LENGTH
+        if name not in _LENGTH_SETTINGS
     ]
     return f"{text}. Changed without effect: {', '.join(changed)}" if changed else text
 
@@ -341,7 +341,7 @@ def _fixes_a_run(name: str, old: Any, new: Any, train_bytes: int | None) -> bool
     if name == "checkpoint.start_from":
         return new is not None
     if name.startswith("trainer."):
-        return name.removeprefix("trainer.") in _OF_STEPS
+        return name.removeprefix("trainer.") in _STEP_SETTINGS
     if name == "run.seed":
         return True
-    return name.startswith(("data.", "model.", "optimizer.")) and name not in WHERE_DATA_ARE
+    return name.startswith(("data.", "model.", "optimizer.")) and name not in DATA_LOCATION

@@ -39,9 +39,9 @@ from deepfm_dist.training.activity import fit_to_activity
 from deepfm_dist.typed_yaml import settings_of, value_at
 
 log = logging.getLogger(__name__)
-WHERE_DATA_ARE = ("data.root", "data.name")
-_OF_TRAINING = ("data", "model")  # sections whose settings come from the checkpoint
-_OF_A_COMMAND = (*WHERE_DATA_ARE, "data.memory_bytes", "data.on_device", "data.files")
+DATA_LOCATION = ("data.root", "data.name")
+_TRAINED_SECTIONS = ("data", "model")  # sections whose settings come from the checkpoint
+_COMMAND_SETTINGS = (*DATA_LOCATION, "data.memory_bytes", "data.on_device", "data.files")
 """Data settings that a command may change: where files are, and how they are read."""
 
 
@@ -50,7 +50,7 @@ class RunOnDisk:
     """A trained run on disk.
 
     Attributes:
-        config: the settings in force: the run's own for data and model, the command's otherwise.
+        config: the effective settings: the run's own for data and model, the command's otherwise.
         dataset: the prepared dataset it was trained on.
         checkpoint: the latest complete one.
         state: contents of its marker.
@@ -80,7 +80,7 @@ class LoadedModel:
     """A run's model, ready for inference.
 
     Attributes:
-        config: the settings in force: the run's own for data and model, the command's otherwise.
+        config: the effective settings: the run's own for data and model, the command's otherwise.
         dataset: the prepared dataset it was trained on.
         sharded: the task, in eval mode.
         checkpoint: where the weights were read from.
@@ -274,19 +274,19 @@ def find_run(
     asked_for = state.get("trained_config", trained_with)  # without the closed form's columns
     merged = config.model_dump(mode="json")
     for name in (name for override in overrides for name in settings_of(override, Config)):
-        if name.partition(".")[0] in _OF_TRAINING and not name.startswith(_OF_A_COMMAND):
+        if name.partition(".")[0] in _TRAINED_SECTIONS and not name.startswith(_COMMAND_SETTINGS):
             wanted, trained = value_at(merged, name), value_at(asked_for, name)
             if wanted != trained:
                 raise ConfigError(
                     f"{name}={wanted}: {path} was trained with {trained}; train with the new "
                     f"value first, or leave the override out"
                 )
-    kept = {name: value_at(merged, name) for name in _OF_A_COMMAND}
+    kept = {name: value_at(merged, name) for name in _COMMAND_SETTINGS}
     with storage_errors_to_user(config.prepared_dir):
         is_prepared = config.prepared_dir.is_dir()
     if kept["data.name"] is None and not is_prepared:  # as of a combined run
         kept["data.name"] = trained_with["data"]["name"]
-    merged |= {section: trained_with[section] for section in _OF_TRAINING}
+    merged |= {section: trained_with[section] for section in _TRAINED_SECTIONS}
     merged["data"] |= {name.removeprefix("data."): value for name, value in kept.items()}
     config = config_from(merged, origin=str(path))
     dataset = _dataset(config, world)

@@ -156,13 +156,13 @@ class Recommender:
             run.dataset, settings, lambda batch: model(batch.sparse, batch.dense), world
         )
         self._has_probabilities = ranking_loss(settings) is None
-        nobody = Users(np.zeros(0, np.int32))
+        no_users = Users(np.zeros(0, np.int32))
         self._ranker = ModelRanker.from_model(
             ranked_by(model, manifest, config.recommend),
             world,
             dataset,
             self._catalogue,
-            nobody,
+            no_users,
             context,
             penalties=popularity_penalties(dataset, config.recommend.popularity_penalty),
         )
@@ -219,13 +219,13 @@ class Recommender:
         seen = self._catalogue.seen_by(row, self._positives)(0, 1)
         log_rate = 0.0 if self._rate is None else float(self._rate.log_of_user[row[0]])
         if self._kept_users is None:
-            found = self._best(self._ranker.encoder.users(row), seen, k, log_rate)
+            ranking = self._best(self._ranker.encoder.users(row), seen, k, log_rate)
         else:
             kept = self._kept_users[int(row[0]) - 1 : int(row[0])]
-            found = self._best([kept], seen, k, log_rate)
+            ranking = self._best([kept], seen, k, log_rate)
         if not explain:
-            return found
-        return self._with_explanations(found, self._ranker.encoder.user_batch(row), explain)
+            return ranking
+        return self._with_explanations(ranking, self._ranker.encoder.user_batch(row), explain)
 
     def recommend_for(
         self,
@@ -282,17 +282,17 @@ class Recommender:
             batch = self._ranker.encoder.user_batch(row, theirs, fields, fixed)
         log_rate = 0.0 if rate is None else float(rate.log_of_user[row[0]])
         seen = self._catalogue.seen_in(masked)(0, 1)
-        found = self._best(self._ranker.encoder.user_sides(batch), seen, k, log_rate, sets)
-        return self._with_explanations(found, batch, explain), unknown
+        ranking = self._best(self._ranker.encoder.user_sides(batch), seen, k, log_rate, sets)
+        return self._with_explanations(ranking, batch, explain), unknown
 
-    def _with_explanations(self, found: list[Scored], user: Batch, most: int) -> list[Scored]:
+    def _with_explanations(self, ranking: list[Scored], user: Batch, most: int) -> list[Scored]:
         """A user's ranking with reasons for each item."""
         if not most:
-            return found
-        rows = np.array([self._rows[str(scored.card.id)] for scored in found], np.int32)
+            return ranking
+        rows = np.array([self._rows[str(scored.card.id)] for scored in ranking], np.int32)
         items = Jagged(np.array([0, len(rows)]), rows)
         explained = self._explainer.explain([(None, user)], items, most)
-        return [s._replace(explanation=e) for s, e in zip(found, explained, strict=True)]
+        return [s._replace(explanation=e) for s, e in zip(ranking, explained, strict=True)]
 
     def card_of(self, row: int) -> Card:
         """Display data of an item row."""
@@ -462,15 +462,16 @@ class Recommender:
         if self._reranking is not None:
             ranker = RerankingRanker(ranker, self._reranking)
         [positions], [scores] = ranker.best(users, seen, k)
-        found = self._shown(positions, scores)
+        ranking = self._shown(positions, scores)
         if not (self._has_probabilities and self._ranks_by_one):
-            return found
+            return ranking
         logits, rows = scores + log_rate, self._catalogue.rows[positions]
         if self._rate is not None:
             logits = logits + self._rate.log_of_item[rows]
         if self._ranker.encoder.penalties is not None:
             logits = logits + self._ranker.encoder.penalties[rows]
-        pairs = zip(found, probabilities(logits).tolist(), strict=False)  # found ends at NO_ITEM
+        # The ranking ends at the first NO_ITEM.
+        pairs = zip(ranking, probabilities(logits).tolist(), strict=False)
         return [scored._replace(probability=probability) for scored, probability in pairs]
 
     def _shown(self, positions: np.ndarray, scores: np.ndarray) -> list[Scored]:

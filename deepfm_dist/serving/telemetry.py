@@ -58,7 +58,7 @@ class Telemetry:
         self, app: ASGIApp, model: ModelInUse, registry: CollectorRegistry, logs_requests: bool
     ) -> None:
         self._app, self._model, self._logs_requests = app, model, logs_requests
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # lines that nobody asks for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # not useful
         own: CollectorRegistry | None = registry
         if model.folder is not None:  # the metrics of all workers, including this one
             own = None

@@ -65,7 +65,7 @@ def fit_to_activity(
     gathered = world.gather_object(pieces)
     fitted = None
     if gathered is not None:
-        rows = zip(*(piece for of_rank in gathered for piece in of_rank), strict=True)
+        rows = zip(*(piece for from_rank in gathered for piece in from_rank), strict=True)
         users, logits, labels = map(np.concatenate, rows)
         fitted = _fit(rate.log_of_user[users], logits, labels)
     fitted = world.broadcast(fitted)

@@ -21,12 +21,12 @@ def warn_of_labels(manifest: Manifest) -> None:
         if label is None:
             continue
         rows = _rows_with(manifest, split, target)
-        of_target = "" if target is None else f"{target} "
+        target_figure = "" if target is None else f"{target} "
         if split == "train":
             log.warning(
                 "all %slabels of %s are %d: the model can only learn to predict %d; check "
                 "data.interactions.label%s and data.split",
-                of_target,
+                target_figure,
                 plural(rows, "training row"),
                 label,
                 label,
@@ -36,7 +36,7 @@ def warn_of_labels(manifest: Manifest) -> None:
             log.warning(
                 "all %slabels of %s are %d: auc, user_auc and ne are undefined (nan); hold out "
                 "rows of both labels (data.split)",
-                of_target,
+                target_figure,
                 plural(rows, f"{'validation' if split == 'valid' else split} row"),
                 label,
             )

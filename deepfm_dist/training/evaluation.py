@@ -154,7 +154,7 @@ class RowEvaluator:
         unknown_rows = dict(zip(self._fields, rows, strict=True))
         by_name: dict[str, dict[str, float]] = {}
         for target, name in enumerate(self._weights or [""]):
-            total = np.sum([s for of_rank in gathered for s in of_rank[target]], axis=0)
+            total = np.sum([s for from_rank in gathered for s in from_rank[target]], axis=0)
             by_name[name] = results[target][0] | figures_of(total)
         curves = dict(zip(by_name, (calibration_curve(bins) for _, bins in results), strict=True))
         figures = with_means(by_name, self._weights) if self._weights else by_name[""]

@@ -62,7 +62,7 @@ class TrainingFigures:
         for sums in step_sums:
             self.lifetime += sums
         columns = (torch.cat(pieces) for pieces in zip(*rows, strict=True))
-        counts = [_histogram(*of_target) for of_target in _by_target(*columns)]
+        counts = [_histogram(*target_figure) for target_figure in _by_target(*columns)]
         window = step_sums.sum(0).split(4)
         figures = []
         histograms = world.to_host(world.sum(torch.stack(counts))).numpy()

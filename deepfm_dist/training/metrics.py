@@ -137,13 +137,13 @@ def figures_of(sums: FloatArray) -> dict[str, float]:
     }
 
 
-def of_target(target: str, name: str) -> str:
+def target_figure(target: str, name: str) -> str:
     """Name of a figure of one of several targets: ``buy.auc``."""
     return f"{target}.{name}"
 
 
 def split_target(figure: str) -> tuple[str | None, str]:
-    """A figure's target and plain name, the opposite of `of_target`; no target: None.
+    """A figure's target and plain name, the opposite of `target_figure`; no target: None.
 
     Targets may contain dots and figures do not: ``a.b.auc`` is the AUC of ``a.b``.
     """
@@ -180,7 +180,7 @@ def with_means(
         )
         means[ne] = means[log_loss] / constants
     each = {
-        of_target(target, name): value
+        target_figure(target, name): value
         for target, by_name in figures.items()
         for name, value in by_name.items()
     }

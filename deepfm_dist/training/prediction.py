@@ -257,11 +257,11 @@ class _RowsOfFile:
         """
         table = self.encoder.as_in_the_file(table)
         ends = [f"_{target}" for target in self.encoder.targets] or [""]
-        for end, of_target in zip(ends, logits.reshape(len(logits), -1).T, strict=True):
-            table = table.append_column(f"score{end}", pa.array(of_target))
+        for end, target_figure in zip(ends, logits.reshape(len(logits), -1).T, strict=True):
+            table = table.append_column(f"score{end}", pa.array(target_figure))
             column = pa.nulls(len(logits), pa.float32())
             if log_rates is not None:
-                column = pa.array(probabilities(of_target + log_rates).astype(np.float32))
+                column = pa.array(probabilities(target_figure + log_rates).astype(np.float32))
             table = table.append_column(f"probability{end}", column)
         return table
 

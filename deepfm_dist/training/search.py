@@ -110,7 +110,7 @@ class Search:
             log.warning(text, self.path, plural(len(journal.skipped), "damaged line"))
         self._open: Any = None
         self._lock: Lock | None = None  # of the open trial
-        self._told: set[int] = set()  # epochs of the open trial that were reported
+        self._reported: set[int] = set()  # epochs of the open trial that were reported
 
     def next(self, trials: int) -> Trial | None:
         """The next trial; None when that many trials are over or open in other processes.
@@ -144,7 +144,7 @@ class Search:
             self._lock = self._lock_of(name)
             self._lock.acquire()
             drawn = {setting: self._drawn(setting) for setting in self._space}
-        self._told = set()
+        self._reported = set()
         for earlier in self._study.get_trials(deepcopy=False):  # of the same, before it was cut off
             if _name(earlier) == name and earlier.number != self._open.number:
                 for epoch, figure in earlier.intermediate_values.items():
@@ -182,8 +182,8 @@ class Search:
 
     def _report(self, figure: float, epoch: int) -> None:
         """A resumed trial reports some validations twice, with the same figures."""
-        if epoch not in self._told:
-            self._told.add(epoch)
+        if epoch not in self._reported:
+            self._reported.add(epoch)
             self._open.report(figure, epoch)
 
     def over(self, outcome: str, best: float | None) -> None:

@@ -128,7 +128,7 @@ class TrainerConfig(Section):
         return None if monitor in ("none", "None") else monitor
 
     @model_validator(mode="after")
-    def _something_is_watched(self) -> Self:
+    def _has_monitored_figure(self) -> Self:
         if self.monitor is None and self.needs_monitor:
             raise ValueError(f"{self.needs_monitor} needs a monitored figure; set monitor=auto")
         drawn = self.candidates is not None or self.is_auto("candidates")

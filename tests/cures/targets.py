@@ -41,7 +41,7 @@ TARGETS = [
     Mistake(
         "train run.name=next checkpoint.start_from=runs_root/cures data.interactions.label=null "
         "data.interactions.labels=[label,buy]",
-        "or train afresh",
+        "or train from scratch",
         "",
         ("checkpoint.start_from=runs_root/cures",),
         before=("train",),

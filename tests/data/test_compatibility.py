@@ -134,7 +134,7 @@ def test_where_files_lie_and_what_people_read_may_differ(tmp_path: Path) -> None
         ),  # values of a hashed column
     ],
 )
-def test_other_rows_are_told_and_no_figures_are_taken_on_them(
+def test_changed_rows_are_reported_and_not_evaluated(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, override: str, said: str
 ) -> None:
     write_input(tmp_path)
@@ -178,7 +178,7 @@ def _train_on_own_data(home: Path) -> int:
     return train_command.main(arguments)
 
 
-def test_machines_with_different_datasets_of_one_name_are_told_apart(
+def test_different_datasets_of_one_name_on_two_machines_are_detected(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_input(tmp_path)
@@ -232,7 +232,7 @@ def test_what_made_a_dataset_another_one_is_named(tmp_path: Path) -> None:
     assert changes_between(files_alone, new).endswith("changed (gone.csv is gone)")
 
 
-def test_an_upgrade_that_prepares_differently_is_no_change_of_settings(
+def test_an_upgrade_that_prepares_differently_changes_no_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_input(tmp_path)

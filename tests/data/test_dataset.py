@@ -318,7 +318,7 @@ def test_the_collator_equals_a_loop_over_the_rows(
     assert batch.sparse.keys() == [f.name for f in clicks.manifest.categorical]
 
 
-def test_whole_sides_may_be_left_out(clicks: PreparedDataset) -> None:
+def test_both_sides_may_lack_fields(clicks: PreparedDataset) -> None:
     items = in_file_order(clicks).items
     batch = Collator(clicks)(None, items)
     expected = [expected_row(None, place, None) for place in range(len(ROWS))]

@@ -140,7 +140,7 @@ def _manifest() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("memory_bytes", [0, 1 << 30])
-def test_a_dataset_written_by_hand_is_taken_as_it_is(tmp_path: Path, memory_bytes: int) -> None:
+def test_a_dataset_written_by_hand_is_accepted(tmp_path: Path, memory_bytes: int) -> None:
     folder = tmp_path / "d"
     write_by_hand(folder)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -214,7 +214,7 @@ TRAIN, VALID, USERS = (
         (setting("groups", value=4), "row group at row 0 of the split crosses a cut"),
     ],
 )
-def test_what_is_not_as_it_has_to_be_is_named(
+def test_layout_errors_are_reported(
     tmp_path: Path, spoil: Callable[[Path], None], message: str
 ) -> None:
     write_by_hand(tmp_path / "d")
@@ -259,7 +259,7 @@ def test_no_id_beyond_its_table_is_read(
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_what_we_write_is_laid_out_as_it_has_to_be(
+def test_prepared_datasets_have_a_valid_layout(
     sample: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     DatasetFiles(sample.folder, sample.manifest).check_everything()

@@ -58,7 +58,7 @@ def test_the_score_of_a_random_row_becomes_the_share_of_the_users_items(tmp_path
 
 
 @pytest.mark.parametrize("power", [0.0, 0.75])
-def test_pairs_are_drawn_as_often_as_the_rate_says(tmp_path: Path, power: float) -> None:
+def test_pairs_are_drawn_at_the_given_rate(tmp_path: Path, power: float) -> None:
     dataset = prepared(tmp_path, per_positive=1, popularity_power=power)
     rate = NegativeRate.from_dataset(dataset)
     assert rate is not None

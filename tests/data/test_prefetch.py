@@ -49,7 +49,7 @@ def test_what_fails_fails_at_its_own_step(threads: int) -> None:
     assert seen == [1, 2, 3]
 
 
-def test_who_asks_for_no_more_leaves_nobody_at_work() -> None:
+def test_threads_end_when_the_consumer_stops() -> None:
     made: list[int] = []
 
     def make(step: int) -> int:

@@ -107,7 +107,7 @@ def test_prepare_writes_the_local_dataset_behind_a_url_once(
     assert files_of(folder) == local
 
 
-def test_a_cut_upload_leaves_no_dataset_and_the_next_command_goes_on(
+def test_the_next_command_resumes_an_interrupted_upload(
     sample: PreparedDataset, root: str, transfers: Any, tmp_path: Path
 ) -> None:
     config, folder = config_at(root, f"run.cache_root={tmp_path}"), folder_of(f"{root}/sample")

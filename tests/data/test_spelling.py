@@ -66,7 +66,7 @@ def prepared(root: Path, keys: list[str], **changes: Any) -> PreparedDataset:
         ("", "0", None),
     ],
 )
-def test_how_two_texts_differ_is_said(text: str, known: str, what: str | None) -> None:
+def test_differences_between_texts_are_described(text: str, known: str, what: str | None) -> None:
     found = difference(pa.array([text, "other"]), pa.array(["else", known]))
     if what is None:
         assert found is None

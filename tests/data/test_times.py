@@ -110,7 +110,7 @@ def test_all_bad_cells_say_what_their_format_is(tmp_path: Path) -> None:
         read_table(tmp_path / "a.csv", [Column("at", "time")])  # such as those to predict
 
 
-def test_days_that_no_month_has_are_no_times() -> None:
+def test_impossible_days_are_not_times() -> None:
     days = [f"{day}/{month}/2019" for month in range(1, 13) for day in range(1, 33)]
     expected = pd.to_datetime(pd.Series(days), format="%d/%m/%Y", errors="coerce")
     read = exact(read_times(pa.array(days), ["%d/%m/%Y"]))
@@ -379,7 +379,7 @@ def test_times_that_two_formats_read_differently_are_counted(
     assert all(f"{2 * contested} of {2 * len(texts)} times fit" in w for w in said)
 
 
-def test_counts_that_begin_at_0_are_no_times_far_from_others() -> None:
+def test_counts_from_0_are_not_outlying_times() -> None:
     column = TimeColumn("at")
     column.add(read_times(pa.array(range(100))), "a.csv")
     assert column.warnings() == []

@@ -38,7 +38,7 @@ def clicks(folder: Path, text: str = CLICKS, **changes: Any) -> PreparedDataset:
 
 
 @pytest.mark.parametrize("weight", ["-1", "0", "nan", "inf", "", "x", "1e99", "1e-99"])
-def test_what_is_no_weight_is_refused_or_skipped(tmp_path: Path, weight: str) -> None:
+def test_invalid_weights_are_refused_or_skipped(tmp_path: Path, weight: str) -> None:
     text = CLICKS + f"1,u1,h1,1,{weight}\n"
     what = r"is empty" if weight == "" else "is not a weight: a number above 0 is expected"
     with pytest.raises(DataError, match=rf"c\.csv, line 12: w '{weight}' {what}; .*skip$"):
@@ -48,7 +48,7 @@ def test_what_is_no_weight_is_refused_or_skipped(tmp_path: Path, weight: str) ->
     assert dataset.manifest.dropped == {"c.csv: rows with an unreadable cell": 1}
 
 
-def test_a_weight_is_no_field_and_fixed_negatives_have_none(tmp_path: Path) -> None:
+def test_weights_are_not_fields_and_exclude_fixed_negatives(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"column 'w' is interactions\.weight, and no field"):
         clicks(tmp_path, features=[*FIELDS, {"name": "w", "kind": "numeric"}])
     rows = {"file": "c.csv", "user": "u", "item": "h", "weight": "w"}

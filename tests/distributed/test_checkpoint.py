@@ -102,7 +102,7 @@ def test_four_ranks_save_the_optimizer_state_of_one(
         pytest.param("adagrad", ("row_wise", "table_wise"), marks=pytest.mark.slow),
     ],
 )
-def test_a_resumed_run_goes_on_exactly_and_anywhere(
+def test_a_resumed_run_is_exact_at_any_world_size(
     sample: PreparedDataset, tmp_path: Path, optimizer: str, kinds: tuple[str, str]
 ) -> None:
     lr = 0.003 if optimizer == "adam" else 0.05
@@ -115,17 +115,13 @@ def test_a_resumed_run_goes_on_exactly_and_anywhere(
         assert difference(losses, whole) <= 1e-6, size
 
 
-def test_a_run_that_streams_its_rows_goes_on_exactly(
-    sample: PreparedDataset, tmp_path: Path
-) -> None:
+def test_a_run_on_streamed_rows_resumes_exactly(sample: PreparedDataset, tmp_path: Path) -> None:
     config = config_of(*SMALL, "data.memory_bytes=0")
     whole = run_ranks(trained_through, 2, sample.folder, config, tmp_path)[0][20:]
     assert run_ranks(resumed, 2, sample.folder, config, tmp_path)[0] == whole
 
 
-def test_a_resumed_run_goes_on_exactly_with_batch_norm(
-    sample: PreparedDataset, tmp_path: Path
-) -> None:
+def test_a_resumed_run_with_batch_norm_is_exact(sample: PreparedDataset, tmp_path: Path) -> None:
     config = config_of(*SMALL, "sharding.kind=row_wise", "model.batch_norm=true")
     whole = run_ranks(trained_through, 2, sample.folder, config, tmp_path)[0][20:]
     assert run_ranks(resumed, 2, sample.folder, config, tmp_path)[0] == whole
@@ -166,7 +162,7 @@ def test_a_checkpoint_with_biases_before_batch_norm_keeps_its_logits(
 
 
 @pytest.mark.parametrize("options", [["model.deep=false"], ["trainer.candidates=70"]])
-def test_training_on_users_goes_on_exactly(
+def test_training_on_users_resumes_exactly(
     with_history: PreparedDataset, tmp_path: Path, options: list[str]
 ) -> None:
     of_users = (*HISTORY, "trainer.loss=softmax", "trainer.batch_size=61")
@@ -218,7 +214,7 @@ def _whole(of_ranks: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", ["table_wise", "row_wise"])
-def test_larger_tables_keep_what_was_saved_and_start_new_rows_afresh(
+def test_larger_tables_keep_saved_rows_and_initialise_new_ones(
     sample: PreparedDataset, tmp_path: Path, kind: str
 ) -> None:
     saving = config_of(*SMALL, "sharding.kind=row_wise")

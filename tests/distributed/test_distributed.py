@@ -393,7 +393,7 @@ def test_tables_start_the_same_everywhere(sample: PreparedDataset, size: int, pl
         (4, "sharding.tables={genre: {kind: table_wise, rank: 3}}", {"genre": [0, 0, 0, 19]}),
     ],
 )
-def test_tables_lie_where_the_plan_says(
+def test_tables_are_placed_as_planned(
     sample: PreparedDataset, size: int, plan: str, expected: dict[str, list[int]]
 ) -> None:
     actual = run_ranks(_pieces, size, sample.folder, config_of(*SMALL, plan))

@@ -152,7 +152,7 @@ def test_what_groups_cannot_do_is_refused(
         _placed(*arguments, group_size=4, **settings)
 
 
-def test_one_group_of_all_ranks_is_no_group() -> None:
+def test_one_group_of_all_ranks_means_no_groups() -> None:
     for size in (None, 8):
         assert _placed("cpu", 8, "adam", group_size=size).world_size == 8
     assert _placed("cuda", 16, local=8, group_size=4).local_world_size == 2

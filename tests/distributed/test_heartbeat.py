@@ -96,7 +96,7 @@ def _one_is_told() -> bool:
         return asked()
 
 
-def test_a_signal_ends_nobody_while_all_ranks_are_there() -> None:
+def test_a_signal_ends_no_rank_while_all_are_alive() -> None:
     assert run_ranks(_told_to_stop, 2) == [True, True]
     assert run_ranks(_one_is_told, 2) == [True, False]
 

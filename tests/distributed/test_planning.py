@@ -378,7 +378,7 @@ def _messages_of_a_step(folder: Path, config: Config) -> tuple[dict[str, int], d
 
 
 @pytest.mark.parametrize("where", ["sharding.kind=row_wise", "sharding.kind=table_wise", ALL_NAMED])
-def test_bytes_told_are_those_exchanged(sample: PreparedDataset, where: str) -> None:
+def test_reported_bytes_are_those_exchanged(sample: PreparedDataset, where: str) -> None:
     actual = run_ranks(_messages_of_a_step, 2, sample.folder, config_of(*SMALL, where))
     reported = [report for report, _ in actual]
     floats = sum(counted["floats"] for _, counted in actual)

@@ -375,7 +375,7 @@ def test_benchmarks_know_the_options_that_pages_give_them(monkeypatch: pytest.Mo
             runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
 
 
-def test_what_pip_is_told_to_install_is_there() -> None:
+def test_requirements_of_pip_exist() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     known = {"deepfm-dist": {*extras}}
@@ -454,7 +454,7 @@ def test_a_new_day_is_learned_on_top_of_yesterday(
     assert (after[seen] != before[seen]).any(1).all()
 
 
-def test_the_doctor_says_what_it_found_and_nothing_else(
+def test_the_doctor_reports_only_its_findings(
     typed: Callable[[Block], Done],
 ) -> None:
     [block] = [b for b in BLOCKS if b.text == "python -m deepfm_dist.doctor"]
@@ -474,7 +474,7 @@ def test_asking_for_another_model_than_was_trained_is_refused(
     assert "was trained with 32" in done.stderr
 
 
-def test_a_mistake_on_every_rank_is_said_once(
+def test_an_error_on_every_rank_is_reported_once(
     typed: Callable[[Block], Done], forked: dict[str, str]
 ) -> None:
     home, _ = typed(OWN_DATA)

@@ -133,7 +133,7 @@ def test_kills_at_random_moments_change_nothing(undisturbed: Path, tmp_path: Pat
 
 
 @pytest.mark.slow  # four starts, each of which imports torch on two ranks
-def test_a_preempted_run_saves_ends_well_and_goes_on(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_preempted_run_saves_exits_cleanly_and_resumes(undisturbed: Path, tmp_path: Path) -> None:
     home = tmp_path / "preempted"
     for number in (signal.SIGTERM, signal.SIGUSR1):
         run = start(home, 0)

@@ -242,7 +242,7 @@ def test_groups_count_as_users_who_have_all_of_their_items(sample: PreparedDatas
         (["--of", "a,a"], "--of a,a: give names of runs, each once: A,B,C"),
     ],
 )
-def test_options_that_cannot_be_meant_are_refused(
+def test_contradicting_options_are_refused(
     options: list[str], said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run_alone(combine.main, ["--config", "sample", "--to", "b", *options]) == 2

@@ -92,7 +92,7 @@ def test_the_page_s_commands_work(where: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
-def test_training_goes_on_from_an_import(
+def test_training_resumes_from_an_import(
     frame: pd.DataFrame, where: list[str], tmp_path: Path, optimizer: str
 ) -> None:
     items = pd.read_csv(BUNDLE / "data/sample/train_ratings.csv")["item"]

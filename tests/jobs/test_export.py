@@ -520,7 +520,7 @@ def test_a_run_trained_again_to_the_same_step_is_exported_again(tmp_path: Path) 
         np.testing.assert_array_equal(served["bias"], bias[OTHER.format("bias")])
 
 
-def test_the_page_tells_the_fields_that_are_written(trained: tuple[Path, list[str]]) -> None:
+def test_the_page_lists_the_written_fields(trained: tuple[Path, list[str]]) -> None:
     home, where = trained
     assert run_alone(export.main, ["--quiet", *where]) == 0
     config = json.loads((home / "runs/sample/export/config.json").read_text())

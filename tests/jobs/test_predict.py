@@ -48,7 +48,7 @@ def _scored(home: Path, file: str, *settings: str) -> pd.DataFrame:
     return pd.read_parquet(out)
 
 
-def test_a_header_is_none_of_the_rows_wherever_there_is_one(home: Path) -> None:
+def test_a_header_is_not_a_row_in_any_file(home: Path) -> None:
     expected = _scored(home, "")
     assert len(expected) == 400
     assert expected["score"].std() > 0

@@ -165,7 +165,7 @@ def difference(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> flo
     return largest
 
 
-def test_a_run_goes_on_without_a_machine_and_grows_when_it_is_back(
+def test_a_run_continues_without_a_machine_and_grows_when_it_returns(
     machines: tuple[Machine, Machine], undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     first, second = machines

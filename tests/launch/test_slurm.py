@@ -217,7 +217,7 @@ def test_a_killed_rank_starts_again_inside_its_job(one_machine: Path, tmp_path: 
     assert lines(tmp_path) == lines(one_machine)
 
 
-def test_a_requeued_job_goes_on(one_machine: Path, tmp_path: Path) -> None:
+def test_a_requeued_job_resumes(one_machine: Path, tmp_path: Path) -> None:
     job = Job(tmp_path)
     # The signal before the time limit, then the administrator's command.
     job.wait_for_checkpoint()

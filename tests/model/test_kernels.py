@@ -96,7 +96,7 @@ def test_what_is_not_finite_reaches_the_output_of_its_row_alone(value: float) ->
     torch.testing.assert_close(found[others], expected[others], rtol=0, atol=0)
 
 
-def test_a_rows_score_is_the_same_wherever_it_stands_in_a_batch() -> None:
+def test_scores_do_not_depend_on_the_position_in_a_batch() -> None:
     arch, rows = over_arch([30, 20, 10])
     whole = arch.forward_rows(rows)
     torch.testing.assert_close(arch.forward_rows(rows[77:99]), whole[77:99], rtol=0, atol=0)

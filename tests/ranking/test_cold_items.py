@@ -321,7 +321,7 @@ def test_items_of_attribute_files_have_rows_behind_the_trained_ones(tmp_path: Pa
     dataset.files.check_everything()
 
 
-def test_a_catalogue_file_says_which_new_items_there_are(tmp_path: Path) -> None:
+def test_a_catalogue_file_lists_the_new_items(tmp_path: Path) -> None:
     (tmp_path / "offer.csv").write_text("sku\nx\nnever\nunheard\n")
     catalogue = {"file": "offer.csv", "key": "sku"}
     dataset = prepared(tmp_path, catalogue=catalogue)

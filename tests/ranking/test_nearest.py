@@ -24,7 +24,7 @@ def _share_found(kind: str, probes: int) -> float:
 
 
 @pytest.mark.parametrize("kind", ["IVF{},Flat", "RR9,IVF{},Flat", "IVF{},SQ8,RFlat"])
-def test_all_lists_are_looked_through_wherever_the_inverted_file_lies(kind: str) -> None:
+def test_probes_apply_to_nested_inverted_files(kind: str) -> None:
     pytest.importorskip("faiss")
     index = kind.format(LISTS)
     assert run_alone(_share_found, index, LISTS) > 0.95

@@ -654,7 +654,7 @@ def test_a_reference_of_counts_ranks_as_popularity_does(
         run_alone(_ranked_by_reference, sample.folder, str(path))
 
 
-def test_a_reference_that_would_mislead_is_refused_or_told_of(
+def test_misleading_references_are_refused_or_warned_about(
     sample: PreparedDataset, tmp_path: Path
 ) -> None:
     held_out = np.flatnonzero(sample.positives("test").lengths)[1:].tolist()
@@ -790,7 +790,7 @@ def _recommended_and_predicted(config: Config, out: Path, *overrides: str) -> No
         prediction.predict(trained.sharded, world, dataset, str(source), {}, target)
 
 
-def test_a_checkpoint_gives_the_same_files_anywhere_and_scores_as_its_forward_pass_does(
+def test_files_are_identical_at_any_world_size_and_equal_the_forward_pass(
     tmp_path: Path,
 ) -> None:
     config = every_kind_of_field(tmp_path)

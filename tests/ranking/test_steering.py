@@ -124,7 +124,7 @@ def chosen_by_loops(
         {"diversity": 1.0, "popularity_penalty": 0.5},
     ],
 )
-def test_items_are_chosen_as_the_definition_says(
+def test_items_are_chosen_by_definition(
     shop: tuple[Shop, PreparedDataset], tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     penalty = {"popularity_penalty": settings.get("popularity_penalty", 0.0)}

@@ -92,7 +92,7 @@ def test_splits_tiles_and_neighbours_change_no_bit(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("sizes", [[30, 20, 10], [400, 400, 400]])
-def test_bf16_errs_as_much_as_is_said(sizes: list[int]) -> None:
+def test_bf16_errors_are_within_the_documented_bounds(sizes: list[int]) -> None:
     case = Case.of(8, 64, 10, sizes, seed=5)
     expected = case.expected(8, 64)
     error = (interpreted(case, 8, 64, "bf16").scores().double() - expected).std()

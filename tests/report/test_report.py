@@ -39,7 +39,7 @@ from tests.pages import PICTURES, watched
 NO_INSIGHT = Insight({}, 0, (), 0, (), [])
 
 
-def test_figures_stand_beside_each_other() -> None:
+def test_figures_are_shown_next_to_each_other() -> None:
     figures = {"model": {"recall@5": 0.5, "recall@10": 0.6}, "ease": {"recall@5": 0.25}}
     intervals = {"model": {"recall@5": (0.4, 0.6)}, "ease": {"recall@5": (0.2, 0.3)}}
     comparison = Comparison(figures, intervals, {"ease": {"recall@5": (0.1, 0.4)}}, NO_INSIGHT)
@@ -66,9 +66,7 @@ def test_figures_stand_beside_each_other() -> None:
     assert first == "test rows: 3 positives and 5 negatives"
 
 
-def test_ids_next_to_missing_ones_are_whole_numbers(
-    sample: PreparedDataset, tmp_path: Path
-) -> None:
+def test_ids_next_to_missing_ones_stay_integers(sample: PreparedDataset, tmp_path: Path) -> None:
     path = tmp_path / "r.parquet"
     table = pa.table({"request": [0, 1], "user_id": [7, None], "item_id": [1, 2], "rank": [1, 1]})
     pq.write_table(table, path)

@@ -156,7 +156,7 @@ def test_steered_rankings_are_shown_by_their_cost_and_gain_and_never_judged() ->
     assert other.title == "Better than ease"
 
 
-def test_without_another_ranking_there_is_no_verdict_on_rankings() -> None:
+def test_no_verdict_on_rankings_without_another_ranking() -> None:
     alone = Comparison({"model": {"ndcg@10": 0.3}}, {"model": {}}, {}, NO_INSIGHT)
     assert ranking_verdicts(alone, 10) == []
 

@@ -248,7 +248,7 @@ def _renamed(match: re.Match[str]) -> str:
     return "new" + match[0]
 
 
-def test_rows_that_new_ids_took_start_afresh(before: tuple[Path, dict[str, Any]]) -> None:
+def test_rows_taken_by_new_ids_are_initialised(before: tuple[Path, dict[str, Any]]) -> None:
     home, saved = before
     rows = (home / "rows.csv").read_text()
     settings = ["data.interactions.time=time", "data.forget_after=30"]

@@ -63,7 +63,7 @@ def test_half_open_connections_are_closed(
         assert time.monotonic() - begun < 5
 
 
-def test_half_open_connections_keep_nobody_out(small_service: int) -> None:
+def test_half_open_connections_block_no_one(small_service: int) -> None:
     port = small_service
     left = []
     for _ in range(3):

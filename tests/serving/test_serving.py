@@ -146,7 +146,7 @@ def test_what_cannot_be_answered_is_named(
     assert message in answer.text
 
 
-def test_somebody_described_by_items_gets_what_the_command_says(
+def test_users_described_by_items_get_the_ranking_of_the_command(
     client: Any, home: Path, tmp_path: Path, command: Callable[..., list[str]]
 ) -> None:
     home = shutil.copytree(home, tmp_path / "home")

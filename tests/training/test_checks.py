@@ -60,7 +60,7 @@ def test_a_split_of_one_label_is_named(
     )
 
 
-def test_positives_that_get_negatives_and_empty_splits_are_no_single_label(
+def test_single_label_warnings_ignore_sampled_negatives_and_empty_splits(
     sample: PreparedDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert sample.manifest.sampled

@@ -174,9 +174,7 @@ def test_the_probability_of_the_one_target_that_ranks_is_known(tmp_path: Path) -
         (None, "interactions.labels: buy is empty in all"),
     ],
 )
-def test_labels_of_which_nothing_can_be_learned_are_refused(
-    cells: str | None, message: str, tmp_path: Path
-) -> None:
+def test_useless_labels_are_refused(cells: str | None, message: str, tmp_path: Path) -> None:
     rows = log_of_clicks(tmp_path).assign(buy=cells)
     rows.to_csv(tmp_path / "log.csv", index=False)
     with pytest.raises(DataError) as caught:
@@ -195,7 +193,7 @@ def test_a_label_that_is_always_the_same_is_warned_of(
     assert "click labels" not in caplog.text
 
 
-def test_a_model_of_other_targets_is_no_start(tmp_path: Path) -> None:
+def test_starting_from_a_model_of_other_targets_is_refused(tmp_path: Path) -> None:
     log_of_clicks(tmp_path)
     config = config_of(tmp_path)
     tree = config.data.model_dump(mode="json")

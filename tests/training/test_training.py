@@ -312,7 +312,7 @@ def test_a_nan_on_one_rank_is_a_step_that_never_was(
     assert (line["step"], line["skipped"], line["log_loss"]) == (6, 1, None)
 
 
-def test_training_goes_on_after_a_skipped_step(sample: PreparedDataset, tmp_path: Path) -> None:
+def test_training_continues_after_a_skipped_step(sample: PreparedDataset, tmp_path: Path) -> None:
     change = _nan_at(range(3, 5), "labels")
     run = run_ranks(trained, 2, sample, tmp_path, *SHORT, change=change)[0]
     assert (run.steps, run.state.skipped, run.state.skipped_in_a_row) == (20, 2, 0)
@@ -403,7 +403,7 @@ def test_an_improvement_too_small_is_none() -> None:
     assert (falls.best, falls.validations_since_best) == (0.25, 1)
 
 
-def test_a_figure_that_is_not_finite_is_no_better() -> None:
+def test_figures_that_are_not_finite_never_improve() -> None:
     state = LoopState(monitor="auc")
     for value, best, validations_since_best in (
         (float("nan"), None, 1),
@@ -416,9 +416,7 @@ def test_a_figure_that_is_not_finite_is_no_better() -> None:
         assert (state.best, state.validations_since_best) == (best, validations_since_best)
 
 
-def test_the_best_checkpoint_is_kept_unless_told_otherwise(
-    sample: PreparedDataset, tmp_path: Path
-) -> None:
+def test_the_best_checkpoint_is_kept_by_default(sample: PreparedDataset, tmp_path: Path) -> None:
     options = ("trainer.batch_size=30000", "trainer.epochs=4")
     losses = [0.5, 0.4, 0.45, 0.42]
     run = run_alone(trained, sample, tmp_path, *options, validations=losses)
@@ -728,7 +726,7 @@ def _ends_without_numbers(sample: PreparedDataset, out: Path) -> str:
     return str(caught.value)
 
 
-def test_weights_that_are_no_numbers_end_training_at_the_validation(
+def test_nan_weights_end_training_at_the_validation(
     sample: PreparedDataset, tmp_path: Path
 ) -> None:
     message = run_alone(_ends_without_numbers, sample, tmp_path)

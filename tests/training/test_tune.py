@@ -219,9 +219,7 @@ def _pruned_while_saving(config: Config) -> tuple[list[int], int]:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_checkpoint_that_is_being_written_is_whole_before_the_trial_is_over(
-    tmp_path: Path, size: int
-) -> None:
+def test_a_trial_ends_after_its_checkpoint_is_complete(tmp_path: Path, size: int) -> None:
     step = ["trainer.max_steps=3", "checkpoint.every_steps=2"]
     config = load_config("sample", [*_settings(tmp_path, "one"), *step])
     assert run_ranks(_pruned_while_saving, size, config) == [([2], 1)] * size
@@ -272,7 +270,7 @@ def test_a_search_that_cannot_work_is_refused(
         ("tune.space={model.dropout: {low: 1, high: 0}}", "low must be below high"),
     ],
 )
-def test_a_space_that_is_none_is_refused(override: str, said: str) -> None:
+def test_invalid_search_spaces_are_refused(override: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load_config("sample", [override])
 

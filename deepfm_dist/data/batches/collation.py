@@ -90,9 +90,9 @@ class Collator:
         """
         given = {"user": users, "item": items, "context": context_rows}
         height = next(len(rows) for rows in given.values() if rows is not None)
-        nobody = np.full(height, ABSENT, np.int32)
+        absent = np.full(height, ABSENT, np.int32)
         index: dict[str, npt.NDArray[np.integer]] = {
-            entity: nobody if rows is None else rows for entity, rows in given.items()
+            entity: absent if rows is None else rows for entity, rows in given.items()
         }
         n_real = height if n_real is None else n_real
         row_weights = np.zeros(height, np.float32)

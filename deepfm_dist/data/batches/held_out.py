@@ -27,9 +27,9 @@ class SplitReader:
         sizes: list[int] = []
         for p in range(dataset.manifest.files):
             name = f"{split}/part-{p:05d}.parquet"
-            of_groups = dataset.group_rows(name)
-            self._groups += [(name, g) for g, rows in enumerate(of_groups) if rows]
-            sizes += [rows for rows in of_groups if rows]
+            group_sizes = dataset.group_rows(name)
+            self._groups += [(name, g) for g, rows in enumerate(group_sizes) if rows]
+            sizes += [rows for rows in group_sizes if rows]
         self._offsets = offsets_of(sizes)
         self.n = int(self._offsets[-1])
         fits = dataset.manifest.splits[split].size_bytes <= dataset.memory_bytes

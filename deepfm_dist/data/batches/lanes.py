@@ -114,8 +114,8 @@ class Lanes:
         height = int(np.diff(self._cuts).max())
         least = max(1, int(np.diff(self._cuts).min()) * copies)
         # Groups of a lane that one batch may need: the one it leaves, some inside, one it enters.
-        of_lane = -(-batch_size // self._lanes) + copies
-        self._depth = 1 + -(-of_lane // least)
+        rows_per_lane = -(-batch_size // self._lanes) + copies
+        self._depth = 1 + -(-rows_per_lane // least)
         self._here: OrderedDict[int, int] = OrderedDict()  # lane -> its first slot
         # An epoch's short last batch may need more lanes of a rank: it takes several turns.
         self._width = min(self._lanes, int(np.ceil(self._lanes * share)) + 3)
@@ -183,7 +183,7 @@ class Lanes:
         self, epoch: int, lane: int, low: int, high: int
     ) -> list[tuple[int, int, int, int, int]]:
         """(slot, group, low, high, seed) of rows ``low`` to ``high`` of a lane's stream."""
-        stretches = []
+        pieces = []
         order = self._order(epoch, lane)
         ordinal = bisect_right(order.ends, low)
         while low < high:
@@ -192,10 +192,10 @@ class Lanes:
             if low < stop:
                 place = self._place(epoch, lane, ordinal)
                 self._hold(place, group)
-                stretches.append((place, group, low - begin, stop - begin, order.seeds[ordinal]))
+                pieces.append((place, group, low - begin, stop - begin, order.seeds[ordinal]))
             low = stop
             ordinal += 1
-        return stretches
+        return pieces
 
     def _order(self, epoch: int, lane: int) -> "_Order":
         key = (epoch, lane)

@@ -48,7 +48,7 @@ from deepfm_dist.data.preparation.partitions import Partitions, mapped_side_file
 from deepfm_dist.data.preparation.population import (
     Population,
     UserKeys,
-    check_some_are_trained,
+    check_users_remain,
     drops_items,
     drops_users,
     holds_out_users,
@@ -268,9 +268,9 @@ class _Driver:
     def _facts(self, read: Records) -> ReadFacts:
         """Checks the readers' facts and repeats their warnings."""
         records = sorted(read.only("facts", "warnings").collect(), key=lambda r: (r.key, r.kind))
-        for _, text in _things(record for record in records if record.kind == "warnings"):
+        for _, text in _reassembled(record for record in records if record.kind == "warnings"):
             log.warning("%s", text)
-        facts_of_files = _things(record for record in records if record.kind != "warnings")
+        facts_of_files = _reassembled(record for record in records if record.kind != "warnings")
         first, *others = (facts for _, facts in facts_of_files)
         facts: ReadFacts = sum(others, first)
         facts.check(self._job)
@@ -282,9 +282,9 @@ class _Driver:
         user = entity_key("user")
         codes = {name: Codes() for name in vocabularies_of_rows(self._job) if name != user}
         merged = self._keep(read.only("texts").by_key(self._job.n_partitions).map(_merge))
-        for _, texts in _things(merged.stream()):
-            for name, of_stretch in texts.items():
-                codes[name].encode(of_stretch)
+        for _, texts in _reassembled(merged.stream()):
+            for name, new_texts in texts.items():
+                codes[name].encode(new_texts)
         merged.release()
         return codes
 
@@ -294,7 +294,7 @@ class _Driver:
         if "user" not in self._job.entities:
             return n_users
         by_partition: dict[int, pa.Array] = {}
-        for record, texts in _things(loaded.only("users").stream()):
+        for record, texts in _reassembled(loaded.only("users").stream()):
             by_partition[record.key] = texts
             n_users[record.key + 1] = len(texts)
         in_order = pa.concat_arrays([by_partition[p] for p in sorted(by_partition)])
@@ -318,7 +318,7 @@ class _Driver:
             task = partial(_user_keys, self._task_job, self._engine.share(known))
             count = self._counting(self._keep(with_users.map(task)))
             n_users = int(count(FIRST_DIGIT).sum())
-            check_some_are_trained(job, n_users)
+            check_users_remain(job, n_users)
             bounds = split_bounds(job.data.split, n_users, count, n_keys=1)
             known = replace(known, bounds=bounds)
             known = replace(known, trained_rows=items())
@@ -326,7 +326,7 @@ class _Driver:
             return loaded
         task = partial(_select, self._task_job, self._engine.share(known))
         selected = self._keep(with_users.map(task))
-        for _, dropped in _things(selected.only("dropped").stream()):
+        for _, dropped in _reassembled(selected.only("dropped").stream()):
             job.dropped.update(dropped)
         loaded.release()
         return selected
@@ -368,7 +368,7 @@ class _Driver:
         counted = self._keep(loaded.only("part").map(task))
         total = Counts.zeros(job, *no_tables(job, partitions.ids))
         waiting: list[Counts] = []
-        for record, (counts, tables, noted) in _things(counted.stream()):
+        for record, (counts, tables, noted) in _reassembled(counted.stream()):
             _add_tables(total, tables, int(first_user[record.key]))
             for feature in job.row_fields:
                 if feature.entity == "user" and feature.name in counts.of_entities:
@@ -405,17 +405,17 @@ class _Driver:
         )
         done = self._keep(loaded.only("part").map(task))
         written, sums = WriteResult.zeros(job), dict[str, int]()
-        for record, value in _things(done.stream()):
+        for record, value in _reassembled(done.stream()):
             if record.kind == "history":
                 histories.add(*value)
                 continue
-            of_partition, of_files, noted = value
+            part, part_sums, noted = value
             shift = np.int32(first_user[record.key])
-            for (split, entity), codes in of_partition.known.unknown.items():
+            for (split, entity), codes in part.known.unknown.items():
                 if entity == "user":
-                    of_partition.known.unknown[split, entity] = codes + shift
-            written = written + of_partition
-            sums |= of_files
+                    part.known.unknown[split, entity] = codes + shift
+            written = written + part
+            sums |= part_sums
             job.noted.update(noted)
         done.release()
         return written, sums
@@ -480,7 +480,7 @@ def _absolute(file: InputFile) -> InputFile:
 def _sum_of(records: Iterable[Record], n: int) -> Int64Array:
     """``[n]`` sums of `_sparse` results."""
     sums = np.zeros(n, np.int64)
-    for _, (codes, counts) in _things(records):
+    for _, (codes, counts) in _reassembled(records):
         sums[codes] += counts
     return sums
 
@@ -523,7 +523,7 @@ def _records(kind: str, key: int, value: Any, source: int = 0) -> Iterator[Recor
         yield Record(kind, key, source, begin // _PIECE_BYTES, end < len(data), data[begin:end])
 
 
-def _things(records: Iterable[Record]) -> Iterator[tuple[Record, Any]]:
+def _reassembled(records: Iterable[Record]) -> Iterator[tuple[Record, Any]]:
     """Reassembles what `_records` cut into pieces; yields each object at its last piece.
 
     Raises:
@@ -543,9 +543,9 @@ def _things(records: Iterable[Record]) -> Iterator[tuple[Record, Any]]:
 def _read(
     job_of: Callable[[], Job], folder: str, wanted: str, records: Iterator[Record]
 ) -> Iterator[Record]:
-    """Numbers of files -> ``rows`` by partition, ``texts`` by stretch of hashes, ``facts``."""
+    """Numbers of files -> ``rows`` by partition, ``texts`` by range of hashes, ``facts``."""
     for record in records:
-        with _heard() as warnings:
+        with _recorded_warnings() as warnings:
             try:
                 _check_shared(folder, wanted)
                 yield from _read_file(job_of(), record.key)
@@ -576,9 +576,9 @@ def _read_file(shared: Job, number: int) -> Iterator[Record]:
     first = (number << 32) + 1
     for place, batch in enumerate(row_batches(job, number, dropped)):
         if place and place % _BATCHES_AT_ONCE == 0:
-            yield from _handed_on(job, coder, first + place)
+            yield from _rows_by_partition(job, coder, first + place)
         coder.add(batch, number)
-    yield from _handed_on(job, coder, first)
+    yield from _rows_by_partition(job, coder, first)
     user = entity_key("user")
     others = {name: codes.texts() for name, codes in coder.codes.items() if name != user}
     yield from _by_hash(job, others, number)
@@ -586,7 +586,7 @@ def _read_file(shared: Job, number: int) -> Iterator[Record]:
     yield from _records("facts", number, coder.facts)
 
 
-def _handed_on(job: Job, coder: RowCoder, source: int) -> Iterator[Record]:
+def _rows_by_partition(job: Job, coder: RowCoder, source: int) -> Iterator[Record]:
     """Yields and clears a reader's rows, by partition, with the texts of their codes."""
     spill, coder.spill = coder.spill, Spill(None, job.n_partitions)
     texts = {name: codes.texts() for name, codes in coder.codes.items()}
@@ -637,20 +637,20 @@ def _with_own_codes(
 
 def _by_hash(job: Job, texts: Mapping[str, pa.Array], source: int) -> Iterator[Record]:
     """Texts by range of hashes: ``{vocabulary: texts}`` for each."""
-    stretches: dict[int, dict[str, pa.Array]] = {}
+    by_range: dict[int, dict[str, pa.Array]] = {}
     for name, of_name in texts.items():
         of_text = partitions_of(buckets_of(hash_texts(of_name)), job.n_partitions)
-        for stretch in np.unique(of_text).tolist():
-            mine = of_name.take(pa.array(np.flatnonzero(of_text == stretch)))
-            stretches.setdefault(stretch, {})[name] = mine
-    for stretch, of_names in stretches.items():
-        yield from _records("texts", stretch, of_names, source)
+        for number in np.unique(of_text).tolist():
+            mine = of_name.take(pa.array(np.flatnonzero(of_text == number)))
+            by_range.setdefault(number, {})[name] = mine
+    for number, of_names in by_range.items():
+        yield from _records("texts", number, of_names, source)
 
 
 @_reporting
 def _merge(records: Iterator[Record]) -> Iterator[Record]:
     """``texts`` of several readers -> the distinct ones."""
-    for key, things in groupby(_things(records), lambda thing: thing[0].key):
+    for key, things in groupby(_reassembled(records), lambda thing: thing[0].key):
         codes: dict[str, Codes] = {}
         for _, texts in things:
             for name, of_name in texts.items():
@@ -667,7 +667,7 @@ def _load(
 ) -> Iterator[Record]:
     """``rows`` of a partition -> its ``part`` and its ``users``."""
     job, known, user = job_of().for_task(), known_of(), entity_key("user")
-    for p, things in groupby(_things(records), lambda thing: thing[0].key):
+    for p, things in groupby(_reassembled(records), lambda thing: thing[0].key):
         coded = [value for _, value in things]
         of_users: list[dict[str, Codes]] = [{user: Codes()} for _ in coded]
         maps: list[CodeMap] = []
@@ -677,13 +677,13 @@ def _load(
             maps.append({name: np.append(codes, np.int32(-1)) for name, codes in others.items()})
         ids, user_maps = merge_vocabularies(of_users, job.crew)
         empty = dict.fromkeys(known.ids, np.full(1, -1, np.int32))
-        of_partition = [
+        tables = [
             (_table(table), empty | code_map | user_map)
             for (table, _), code_map, user_map in zip(coded, maps, user_maps, strict=True)
         ]
         partitions = Partitions(
             job,
-            {p: of_partition}.__getitem__,
+            {p: tables}.__getitem__,
             {**ids, **known.ids},
             {},
             time_scale,
@@ -698,7 +698,7 @@ def _load(
 def _with_users(records: Iterator[Record]) -> Iterator[tuple[int, PartitionRows, pa.Array]]:
     """Pairs each partition with its users' ids, which `_load` yields in turn."""
     part = None
-    for record, value in _things(records):
+    for record, value in _reassembled(records):
         if record.kind == "part":
             part = value
         elif part is not None:
@@ -724,7 +724,7 @@ def _user_keys(
     for p, part, users in _with_users(records):
         job, hashes = job_of().for_task(), hash_texts(users)
         part, _ = known_of().select(job, part, hashes)
-        yield from _records("keys", p, (UserKeys.of_partition(job, part, hashes).keys,))
+        yield from _records("keys", p, (UserKeys.from_partition(job, part, hashes).keys,))
 
 
 @_reporting
@@ -743,7 +743,7 @@ def _select(
 def _split_keys(job_of: Callable[[], Job], records: Iterator[Record]) -> Iterator[Record]:
     """``part`` -> the ``keys`` of its open rows."""
     splitter = Splitter(job_of().for_task())
-    for record, part in _things(records):
+    for record, part in _reassembled(records):
         yield from _records("keys", record.key, splitter.keyed(part))
 
 
@@ -758,7 +758,7 @@ def _add_up(records: Iterator[Record]) -> Iterator[Record]:
     """Sums `_sparse` results of many partitions."""
     total = np.zeros(0, np.int64)
     key = None
-    for record, (places, counts) in _things(records):
+    for record, (places, counts) in _reassembled(records):
         key = record.key
         more = int(places.max(initial=-1)) + 1 - len(total)
         total = np.append(total, np.zeros(max(0, more), np.int64))
@@ -770,7 +770,7 @@ def _add_up(records: Iterator[Record]) -> Iterator[Record]:
 @_reporting
 def _count_digits(digit: Digit, records: Iterator[Record]) -> Iterator[Record]:
     """``keys`` -> histograms of their next digits, non-zero counts only."""
-    for record, keyed in _things(records):
+    for record, keyed in _reassembled(records):
         yield from _records("digits", record.key, _sparse(digit.counts(keyed)))
 
 
@@ -783,7 +783,7 @@ def _count(
 ) -> Iterator[Record]:
     """``part`` -> its counts, those by code as ``(codes, counts)``."""
     known = known_of()
-    for record, part in _things(records):
+    for record, part in _reassembled(records):
         job, user = job_of().for_task(), entity_key("user")
         ids = {**known.ids, **({user: part.users} if "user" in job.entities else {})}
         counts = Counts.zeros(job, *no_tables(job, ids))
@@ -815,7 +815,7 @@ def _write(
 ) -> Iterator[Record]:
     """``part`` -> its files, ``written`` counts, and the ``history`` of its users."""
     goal = folder_of(folder)
-    for record, part in _things(records):
+    for record, part in _reassembled(records):
         plan = plan_of()
         if len(part.users):
             own: _UserSlice = pickle.loads(_users_file(goal / _SHARED, record.key).read_bytes())
@@ -847,7 +847,7 @@ class _Hearing(logging.Handler):
 
 
 @contextmanager
-def _heard() -> Iterator[list[str]]:
+def _recorded_warnings() -> Iterator[list[str]]:
     """Collects the package's warnings for the driver to repeat."""
     texts: list[str] = []
     handler, logger = _Hearing(texts), logging.getLogger("deepfm_dist")

@@ -449,12 +449,12 @@ class Fitter:
             self.cold_values[feature.name] = Jagged(np.arange(n_cold + 1), no_ids)
             return Jagged(np.arange(vocabulary.rows + 1), hashed)
         if feature.file is None:
-            said = self._counts.of_entities[feature.name]
-            rows = self._row_of_code[entity_key(feature.entity)][said.entity]
-            raw = said.values
+            in_rows = self._counts.of_entities[feature.name]
+            rows = self._row_of_code[entity_key(feature.entity)][in_rows.entity]
+            raw = in_rows.values
             self._job.note(
                 f"{feature.entity}s whose rows differ in {feature.name}: the latest row is used",
-                int(said.differ.sum()),
+                int(in_rows.differ.sum()),
             )
         else:
             side = self._partitions.side_files[feature.name]

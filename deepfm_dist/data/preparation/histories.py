@@ -79,8 +79,8 @@ class HistoryWriter:
             )
             pairs = rows * n_items + carried.values
             known = union(list(lists.values()))
-            of_known = np.repeat(np.arange(len(known)), known.lengths) * n_items + known.values
-            there = ~np.isin(pairs, of_known)
+            known_pairs = np.repeat(np.arange(len(known)), known.lengths) * n_items + known.values
+            there = ~np.isin(pairs, known_pairs)
             more = Jagged.from_pairs(rows[there], carried.values[there], len(carried))
             lists["seen_train"] = union([lists["seen_train"], more])
         return list(lists.values())

@@ -449,7 +449,7 @@ def finish(
         groups=plan.groups,
         dropped=dict(sorted(job.dropped.items())),
         noted=dict(sorted(job.noted.items())),
-        inputs={f.name: f.size for of_name in job.files.values() for f in of_name},
+        inputs={f.name: f.size for files in job.files.values() for f in files},
         profile=_profile(job.data, counts, fit),
         versions=versions(),
         sums=dict(sorted({**footer_sums(job.folder), **(row_sums or {})}.items())),

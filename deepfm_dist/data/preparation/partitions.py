@@ -231,12 +231,12 @@ class Partitions:
         return buckets_of(self.hashes(entity_key("user"))[part["user"]])
 
     def _spilled(self, p: int) -> PartitionRows:
-        part = PartitionRows.joined([self._united(*coded) for coded in self._tables(p)])
+        part = PartitionRows.joined([self._recoded_rows(*coded) for coded in self._tables(p)])
         if "user" in part:
             part.columns["local"] = part["user"] - np.int32(self._first_user[p])
         return part
 
-    def _united(self, table: pa.Table, code_map: CodeMap) -> PartitionRows:
+    def _recoded_rows(self, table: pa.Table, code_map: CodeMap) -> PartitionRows:
         """A reader's rows, recoded to the common numbering."""
         n = table.num_rows
         columns: dict[str, Any] = {

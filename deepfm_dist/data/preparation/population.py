@@ -72,10 +72,10 @@ class Population:
             part = part.keeping(rows_of_frequent_users(job, part))
         if self.bounds is None:
             return part, None
-        keys = UserKeys.of_partition(job, part, hashes)
+        keys = UserKeys.from_partition(job, part, hashes)
         user_parts = keys.splits(len(part.users), self.bounds)
         if self.trained_rows is not None:
-            keep = rows_that_can_be_ranked(job, part, user_parts, self.trained_rows)
+            keep = rows_of_rankable_users(job, part, user_parts, self.trained_rows)
             part = part.keeping(keep)
             part = part.assigned(*user_splits(job, part, user_parts))
         return part, user_parts
@@ -127,7 +127,7 @@ class UserKeys:
     keys: Int64Array
 
     @classmethod
-    def of_partition(cls, job: Job, part: PartitionRows, hashes: Hashes) -> "UserKeys":
+    def from_partition(cls, job: Job, part: PartitionRows, hashes: Hashes) -> "UserKeys":
         """The keys of a partition, given the hashes of its users' ids."""
         rows = np.bincount(part["local"], minlength=len(part.users))
         users = np.flatnonzero(rows >= 2)
@@ -140,7 +140,7 @@ class UserKeys:
         return user_parts
 
 
-def check_some_are_trained(job: Job, n_users: int) -> None:
+def check_users_remain(job: Job, n_users: int) -> None:
     """Checks that some users with at least two rows are not held out.
 
     Raises:
@@ -156,7 +156,7 @@ def check_some_are_trained(job: Job, n_users: int) -> None:
         )
 
 
-def rows_that_can_be_ranked(
+def rows_of_rankable_users(
     job: Job, part: PartitionRows, user_parts: SplitIds, trained_rows: Int64Array
 ) -> Mask:
     """``[n]`` rows to keep: held-out users need at least two rows of trained items.
@@ -167,10 +167,10 @@ def rows_that_can_be_ranked(
         user_parts: ``[users]``: the split of each.
         trained_rows: ``[items]`` training rows of all partitions.
     """
-    of_rows = user_parts[part["local"]]
-    keep: Mask = (of_rows == TRAIN) | (trained_rows > 0)[part["item"]]
+    row_parts = user_parts[part["local"]]
+    keep: Mask = (row_parts == TRAIN) | (trained_rows > 0)[part["item"]]
     left = np.bincount(part["local"][keep], minlength=len(user_parts))
-    keep &= (of_rows == TRAIN) | (left >= 2)[part["local"]]
+    keep &= (row_parts == TRAIN) | (left >= 2)[part["local"]]
     reason = "rows of held-out users whose items have no training rows, or who have one item"
     job.drop(reason, _n_left_out(keep))
     return keep
@@ -228,30 +228,30 @@ def hold_out_users(job: Job, partitions: Partitions) -> None:
 
     Source: Liang et al., "Variational Autoencoders for Collaborative Filtering", 2018, section 4.
     """
-    of_partition: dict[int, UserKeys] = {}
+    keys_by_partition: dict[int, UserKeys] = {}
     for p in job.own_partitions:
         part = partitions.load(p)
         hashes = partitions.hashes(entity_key("user"))[part.users]
-        keys = UserKeys.of_partition(job, part, hashes)
+        keys = UserKeys.from_partition(job, part, hashes)
         partitions.save_array(p, "user keys", keys.keys)  # on disk if there are many
-        of_partition[p] = replace(keys, keys=partitions.load_array(p, "user keys"))
-    n_own = sum(len(keys.users) for keys in of_partition.values())
+        keys_by_partition[p] = replace(keys, keys=partitions.load_array(p, "user keys"))
+    n_own = sum(len(keys.users) for keys in keys_by_partition.values())
     n_users = int(job.crew.add_up(np.array([n_own]))[0])
-    check_some_are_trained(job, n_users)
+    check_users_remain(job, n_users)
 
     def count(digit: Digit) -> Int64Array:
         counts = np.zeros(DIGITS, np.int64)
-        for keys in of_partition.values():
+        for keys in keys_by_partition.values():
             counts += digit.counts((keys.keys,))
         return job.crew.add_up(counts)
 
     bounds = split_bounds(job.data.split, n_users, count, n_keys=1)
-    for p, keys in of_partition.items():
+    for p, keys in keys_by_partition.items():
         partitions.save_array(p, "user parts", keys.splits(len(partitions.users(p)), bounds))
     trained_rows = _item_counts(job, partitions, "user parts")
     for p in job.own_partitions:
         user_parts = np.asarray(partitions.load_array(p, "user parts"))
-        keep = rows_that_can_be_ranked(job, partitions.load(p), user_parts, trained_rows)
+        keep = rows_of_rankable_users(job, partitions.load(p), user_parts, trained_rows)
         partitions.leave_out(p, keep)
         partitions.assign(p, *user_splits(job, partitions.load(p), user_parts))
 

@@ -283,8 +283,8 @@ class RowWriter:
         if (low := part.low) is None or low_parts is None:
             return
         row_of_code, negative_user = self._fitted.row_of_code, self._plan.negative_user
-        of_users = row_of_code[entity_key("user")] if negative_user is None else negative_user
-        users, items = of_users[low["user"]], row_of_code[entity_key("item")][low["item"]]
+        user_rows = row_of_code[entity_key("user")] if negative_user is None else negative_user
+        users, items = user_rows[low["user"]], row_of_code[entity_key("item")][low["item"]]
         met = (users > 0) & (items > 0)
         for split, name in enumerate(SPLITS):
             at = np.flatnonzero(met & (low_parts == split))

@@ -252,8 +252,8 @@ def find_empty_list(path: str | Path, column: str) -> int | None:
             empty = np.array(cells.is_valid())
             empty[owners[np.asarray(pc.not_equal(values, "").fill_null(False))]] = False
         else:
-            found = pc.match_substring_regex(texts_of(cells), _NO_VALUES)
-            empty = np.asarray(found.fill_null(False)).astype(bool)
+            matches = pc.match_substring_regex(texts_of(cells), _NO_VALUES)
+            empty = np.asarray(matches.fill_null(False)).astype(bool)
         if empty.any():
             return rows + int(empty.argmax()) + 1
         rows += batch.num_rows

@@ -27,7 +27,7 @@ def engine_for(
         precision: of the over-arch's products on CUDA.
 
     Raises:
-        ConfigError: less than ``fp32`` is asked for where there is no kernel that computes so.
+        ConfigError: a precision below ``fp32`` without a kernel that supports it.
     """
     layers = scorer.layers
     reason = None

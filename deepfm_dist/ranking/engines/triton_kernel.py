@@ -1,6 +1,6 @@
 """Scores, mask and running top-K of user-item pairs in one pass over the catalogue, on CUDA.
 
-A program takes a few users past a stretch of the catalogue, a tile of items at a time. The first
+A program takes a few users past a range of the catalogue, a tile of items at a time. The first
 layer is a sum of what is there for the user and for the item, so that a tile's work begins with
 ``relu(u + i)``; the layers above it are products of ``[pairs, inputs]`` with weights that tensor
 cores make. Hidden units stay in registers, scores become keys that hold score and position, and a
@@ -76,7 +76,7 @@ class TileConfig(NamedTuple):
         # Tensor cores take 64 rows at a time; 128 halve the traffic of weights, if they fit.
         fit = _held(sizes) * kind.itemsize <= 1024 and not (holds_two and precision == "fp32")
         n_weights = sum(round_up(a, 16) * round_up(b, 16) for a, b in itertools.pairwise(sizes))
-        # In fp32 each lies there twice, as its tf32 and what that leaves.
+        # In fp32 each is stored twice, as tf32 and its remainder.
         streamed = n_weights * (2 if half else 8) > RESIDENT_BYTES
         return cls(
             units=round_up(sizes[0], STEP),

@@ -153,7 +153,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_batch_of_a_block_is_two_copies_and_no_read(sample: PreparedDataset) -> None:
+def test_a_batch_takes_two_copies_and_no_read_back(sample: PreparedDataset) -> None:
     ours = DeviceBatches(TrainingBatches(sample, 1000, 0, 1, seed=1), CPU)
     ours.batch(1)
     with Operations() as used:
@@ -212,7 +212,7 @@ def test_what_the_device_does_not_make_is_refused_by_name(
         run_alone(on_device, with_history.folder, [*HISTORY, "data.on_device=true"])
 
 
-def test_bytes_cover_what_lies_there(sample: PreparedDataset) -> None:
+def test_byte_counts_cover_all_arrays(sample: PreparedDataset) -> None:
     host = TrainingBatches(sample, 1000, 0, 1, seed=1)
     rows = sample.rows("train")
     assert rows.users is not None

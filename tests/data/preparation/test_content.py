@@ -91,7 +91,7 @@ def test_the_same_rows_give_the_same_dataset_wherever_they_stand(
 
 
 @pytest.mark.parametrize("case", ["random", "clicks of users"])
-def test_keys_that_are_equal_by_chance_are_told_apart(
+def test_colliding_keys_are_distinguished(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With keys of 4 bits many rows share each: the cells decide, no row is taken for another."""

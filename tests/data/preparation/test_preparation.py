@@ -153,7 +153,7 @@ def test_click_rows_keep_their_labels(root: Path) -> None:
         prepare(data, root, root / "ctr", seed=1)
 
 
-def test_the_manifest_tells_what_is_there(root: Path) -> None:
+def test_the_manifest_describes_the_dataset(root: Path) -> None:
     manifest = made(root).manifest
     assert {n: (t.rows, t.features) for n, t in manifest.tables.items()} == {
         "user": (4, ("user",)),
@@ -556,7 +556,9 @@ def test_numbers_that_are_reported_again_are_counted(root: Path, keep: str, drop
     }
 
 
-def test_why_nothing_is_left_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_reason_for_no_remaining_rows_is_reported(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     features = "[{name: user, entity: user}, {name: item, entity: item, min_count: 3}]"
     rows = "u,i\na,x\nb,x\na,y\nb,z\n"
     with pytest.raises(
@@ -583,7 +585,7 @@ def test_why_nothing_is_left_is_said(root: Path, caplog: pytest.LogCaptureFixtur
     assert "test split is empty: no remaining row has it in the column 'p'" in caplog.text
 
 
-def test_an_empty_split_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_empty_splits_are_reported(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "deepfm_dist")
     split = {"method": "random", "valid": 0.1, "test": 0}
     small(root, "u,i\na,x\nb,y\n", str(USER_AND_ITEM), split=split)

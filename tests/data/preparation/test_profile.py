@@ -58,7 +58,7 @@ def test_rows_by_day_and_missing_values_are_counted(
     assert manifest.density == manifest.splits["train"].positives / pairs
 
 
-def test_times_that_are_no_dates_give_no_days(tmp_path: Path) -> None:
+def test_plain_numbers_have_no_days(tmp_path: Path) -> None:
     written(tmp_path, 20)
     rows = pd.read_csv(tmp_path / "rows.csv")
     rows["t"] = np.arange(len(rows))

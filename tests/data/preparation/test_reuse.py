@@ -140,7 +140,7 @@ def test_a_damaged_manifest_is_named_when_it_is_prepared_again(
     assert "of other inputs or settings" not in caplog.text
 
 
-def test_an_error_leaves_the_earlier_dataset_as_it_was(root: Path) -> None:
+def test_an_error_leaves_the_earlier_dataset_unchanged(root: Path) -> None:
     dataset = small(root, "u,i\na,x\n")
     before = {p: p.read_bytes() for p in dataset.folder.rglob("*.parquet")}
     with pytest.raises(DataError, match="line 2: u '' is empty"):

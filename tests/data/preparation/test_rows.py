@@ -266,7 +266,7 @@ c,z,pv,1,1
         ({"repeated": "all"}, set()),
     ],
 )
-def test_which_of_several_rows_stays_is_a_rule(
+def test_the_row_to_keep_is_chosen_by_rule(
     tmp_path: Path, rule: dict[str, Any], kept: set[str]
 ) -> None:
     """Of b's two rows of z at one time, weights decide: the strongest of those that are equal."""

@@ -199,7 +199,7 @@ def test_figures_are_those_of_numpy_at_any_world_size(dataset: PreparedDataset) 
     assert oracle["ease"]["ndcg@20"] > oracle["popularity"]["ndcg@20"]
 
 
-def test_held_out_users_are_no_targets(dataset: PreparedDataset) -> None:
+def test_held_out_users_are_not_targets(dataset: PreparedDataset) -> None:
     trained = {u for u, _ in pairs(dataset, "train")}
     batches = UserBatches(dataset, 1000, 0, 1, 1, Candidates())
     ids = dataset.entity_ids("user").to_pylist()

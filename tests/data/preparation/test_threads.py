@@ -124,7 +124,7 @@ def test_several_threads_prepare_the_same_bytes(
         shutil.rmtree(tmp_path / "d")
 
 
-def test_a_thread_that_fails_ends_the_others_and_is_heard(
+def test_a_failing_thread_ends_the_others_and_its_error_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delimited, "BLOCK_BYTES", 1000)
@@ -173,7 +173,7 @@ def dies(work: Callable[[], Any], after_s: float | None = None) -> bool:
 
 
 @pytest.mark.slow  # many processes
-def test_a_kill_at_any_moment_leaves_a_whole_dataset_or_none(
+def test_a_kill_at_any_moment_leaves_a_complete_dataset_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "PARTITION_BYTES", 3000)

@@ -151,7 +151,7 @@ def test_large_vectors_are_mapped_and_gathered_by_row(
     assert np.array_equal(batch.dense.numpy(), expected.astype(np.float32))
 
 
-def test_of_several_vectors_of_an_item_one_stays_wherever_it_stands(tmp_path: Path) -> None:
+def test_one_of_several_vectors_is_kept_independent_of_order(tmp_path: Path) -> None:
     vectors = [[2.0, 1.0], [1.0, 9.0], [1.0, 3.0], [5.0, 5.0]]
     results = []
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]):
@@ -292,7 +292,7 @@ def test_a_bad_array_is_named(what: str, tmp_path: Path) -> None:
     ("content", "message"),
     [(b"", "the file is empty"), (b"i,j\n", "not an npy file; write it"), (None, "no such file")],
 )
-def test_a_file_that_is_no_array_is_named(
+def test_files_that_are_not_arrays_are_refused(
     content: bytes | None, message: str, tmp_path: Path
 ) -> None:
     if content is not None:

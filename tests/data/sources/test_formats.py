@@ -132,7 +132,7 @@ def _workbook(path: Path) -> None:
         ("a.sqlite", b"SQLite format 3\0", "an SQLite database, .*export the table as CSV"),
     ],
 )
-def test_what_is_not_what_its_name_says_is_named(
+def test_files_that_contradict_their_names_are_reported(
     tmp_path: Path, name: str, raw: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(raw)
@@ -422,7 +422,7 @@ def test_python_literals_are_converted_by_the_command_that_is_named(
     }
 
 
-def test_bytes_that_are_no_text_are_no_python_literal(tmp_path: Path) -> None:
+def test_undecodable_bytes_are_not_python_literals(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"user": "a", "score": 1}\n{"user": "\xe9", "score": 2}\n')
     with pytest.raises(DataError, match=r"line 2: not readable: .* is not UTF-8 text; name the"):
         read_table(tmp_path / "a.jsonl", COLUMNS, name="a.jsonl")
@@ -699,7 +699,7 @@ def test_layouts_that_cannot_be_are_refused(layout: dict[str, str], message: str
         FileFormat.model_validate(layout)
 
 
-def test_a_header_is_no_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_header_is_not_a_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "a.csv"
     path.write_text(" User ,score\na,1\n")
     named = FileFormat(columns=("user", "score"))
@@ -748,7 +748,7 @@ def test_the_cure_for_nan_in_parquet_cures(tmp_path: Path) -> None:
         assert read_table(tmp_path / "a.parquet", [column])[name].to_pylist() == expected
 
 
-def test_names_in_quotes_where_quotes_are_text_are_told(tmp_path: Path) -> None:
+def test_quoted_names_are_reported_if_quotes_are_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('"user","score"\n"a",1\n')
     with pytest.raises(DataError, match="its names are in quotes: leave quoted: false out of"):
         read_table(tmp_path / "a.csv", COLUMNS, FileFormat(quoted=False))
@@ -921,7 +921,7 @@ def test_lists_behind_the_first_rows_say_how_to_read_them(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
-def test_a_member_that_is_a_list_is_no_single_value(tmp_path: Path, name: str) -> None:
+def test_lists_are_refused_as_single_values(tmp_path: Path, name: str) -> None:
     """An id of such a member would be the text of the list."""
     path, bags = tmp_path / name, [{"id": ["x", "y"]}, {"id": ["z"]}]
     if name == "a.jsonl":

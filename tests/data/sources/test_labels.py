@@ -33,7 +33,7 @@ def test_numbers_and_truth_values_are_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["yes", "t", "on", "2", "-1", "0.5", "clicked"])
-def test_other_words_are_no_labels(tmp_path: Path, word: str) -> None:
+def test_other_words_are_not_labels(tmp_path: Path, word: str) -> None:
     path = tmp_path / "rows.csv"
     path.write_text(f"y,x\n1,x\n{word},x\n")
     message = f"line 3: y '{word}' is not a label: 0, 1, true or false is expected; write 0 or 1"

@@ -166,9 +166,7 @@ def test_lines_end_where_files_end_them(tmp_path: Path) -> None:
         read_table(path, COLUMNS[:2])
 
 
-def test_columns_nobody_asked_for_may_hold_anything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unused_columns_may_hold_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delimited, "BLOCK_BYTES", 64)
     rows = ["1,98101"] * 40 + ["2,V6B 1A1"]  # numbers in the first block, text in the last
     (tmp_path / "a.csv").write_text("\n".join(["user,zip", *rows]))
@@ -184,7 +182,7 @@ def test_columns_nobody_asked_for_may_hold_anything(
         ("\ufeffuser,score\nb,1\n", ["b"]),
     ],
 )
-def test_text_is_taken_as_it_stands(tmp_path: Path, text: str, cells: list[str]) -> None:
+def test_text_is_taken_verbatim(tmp_path: Path, text: str, cells: list[str]) -> None:
     (tmp_path / "a.csv").write_text(text)
     assert read_table(tmp_path / "a.csv", COLUMNS[:1])["user"].to_pylist() == cells
 
@@ -305,7 +303,7 @@ def test_stray_quotes_swallow_no_rows(
         assert [",".join(row.values()) for row in read.to_pylist()] == rows
 
 
-def test_a_cell_of_very_many_lines_is_told_of(
+def test_a_cell_of_very_many_lines_triggers_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "a.csv"
@@ -330,7 +328,7 @@ def test_every_format_is_read_in_every_encoding(
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "gbk", "utf-8"])
-def test_rows_that_are_no_text_are_skipped_in_any_encoding(tmp_path: Path, encoding: str) -> None:
+def test_undecodable_rows_are_skipped_in_any_encoding(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "a.csv"
     parts = ["user,score\n\u4e2d,1\n", "x\u4e2d,2\n", "b,3\n"]
     raw = [part.encode(encoding) for part in parts]
@@ -367,7 +365,7 @@ def test_a_separator_that_arrow_is_given_may_stand_in_a_cell(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["rot13", "base64", "undefined", "nosuch"])
-def test_encodings_that_are_none_of_text_are_refused(name: str) -> None:
+def test_binary_encodings_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"unknown text encoding '{name}'"):
         FileFormat(encoding=name)
 
@@ -380,7 +378,7 @@ _WITH_GAPS = pa.array([3, float("nan"), float("inf"), 4], pa.float64())
     [_WITH_GAPS, _WITH_GAPS.cast(pa.float32()), _WITH_GAPS.dictionary_encode()],
     ids=["float64", "float32", "dictionary"],
 )
-def test_a_gap_among_numbers_is_no_text(tmp_path: Path, array: pa.Array) -> None:
+def test_missing_numbers_are_not_text(tmp_path: Path, array: pa.Array) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"c": array}), path)
     optional, required = [Column("c", required=False)], [Column("c")]
@@ -394,9 +392,7 @@ def test_a_gap_among_numbers_is_no_text(tmp_path: Path, array: pa.Array) -> None
 
 
 @pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()], ids=str)
-def test_whole_numbers_in_floats_are_the_ids_that_they_are_in_integers(
-    tmp_path: Path, kind: pa.DataType
-) -> None:
+def test_integral_floats_are_the_same_ids_as_integers(tmp_path: Path, kind: pa.DataType) -> None:
     largest = {pa.float16(): 2**15, pa.float32(): 2**40, pa.float64(): 2**62}[kind]
     numbers = [0, 7, -3, largest, largest - largest // 512]
     cells = pa.array(np.array([*numbers, 0.5], kind.to_pandas_dtype()))
@@ -441,7 +437,7 @@ def test_lines_of_a_file_without_header_are_counted_from_its_first(tmp_path: Pat
         read_table(tmp_path / "a.tsv", COLUMNS[:2], FileFormat(columns=("user", "score")))
 
 
-def test_words_for_missing_are_no_cells(tmp_path: Path) -> None:
+def test_words_for_missing_count_as_empty(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("n\n1\n NA \n\nN/A\n")
     column = Column("n", "number", required=False, missing=("NA", "N/A"))
     assert read_table(tmp_path / "a.csv", [column])["n"].to_pylist() == [1.0, None, None]
@@ -487,15 +483,13 @@ def test_line_breaks_within_quotes_do_not_shift_the_line(
         (b"\xef\xbb\xbfuser,score\r\na,x\r\n", "line 2: score 'x' is not a number"),
     ],
 )
-def test_what_is_no_text_of_its_encoding_is_told_by_line(
-    tmp_path: Path, raw: bytes, message: str
-) -> None:
+def test_undecodable_text_is_reported_by_line(tmp_path: Path, raw: bytes, message: str) -> None:
     (tmp_path / "a.csv").write_bytes(raw)
     with pytest.raises(DataError, match=message):
         read_table(tmp_path / "a.csv", COLUMNS[:2])
 
 
-def test_rows_that_are_no_text_are_skipped_and_counted(
+def test_undecodable_rows_are_skipped_and_counted(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Arrow's callback for ragged rows cannot raise: it printed."""
@@ -514,7 +508,7 @@ def test_rows_that_are_no_text_are_skipped_and_counted(
     assert capfd.readouterr().err == ""
 
 
-def test_a_damaged_file_whose_text_cannot_be_read_either_is_told_of(tmp_path: Path) -> None:
+def test_damaged_text_files_are_reported(tmp_path: Path) -> None:
     """Looking for the line that is no text must not fail on the damage."""
     path = tmp_path / "a.csv.gz"
     text = "user,score\n" + "".join(f"{i * 7919},1\n" for i in range(9999))
@@ -528,7 +522,7 @@ class NoPassword(Exception):
     """What a remote file system raises is no OSError."""
 
 
-def test_whatever_a_file_system_raises_is_told_in_one_line(
+def test_any_file_system_error_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     memory = fsspec.filesystem("memory")
@@ -544,7 +538,7 @@ def test_whatever_a_file_system_raises_is_told_in_one_line(
                 read_table(sources.find_files("memory://x", "a.csv")[0].path, COLUMNS[:2])
 
 
-def test_gz_files_of_several_members_are_read_whole(tmp_path: Path) -> None:
+def test_all_members_of_gz_files_are_read(tmp_path: Path) -> None:
     whole = gzip.compress(b"user,score\na,1\n") + gzip.compress(b"b,2\n")
     (tmp_path / "a.csv.gz").write_bytes(whole)
     assert read_table(tmp_path / "a.csv.gz", COLUMNS[:2])["user"].to_pylist() == ["a", "b"]
@@ -602,7 +596,7 @@ def test_floats_that_stand_for_several_ids_are_named(
         assert len(caplog.records) == is_named
 
 
-def test_a_label_of_other_words_is_told_what_skipping_does(tmp_path: Path) -> None:
+def test_errors_about_labels_explain_skipping(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("y\n1\nno\n")
     with pytest.raises(DataError, match=r"line 3: y 'no' is not a label: .* in its place$"):
         read_table(tmp_path / "a.csv", [Column("y", "label")])
@@ -842,7 +836,7 @@ def test_the_advice_on_a_layout_is_the_cure(tmp_path: Path, name: str) -> None:
             read_table(path, COLUMNS[:2])
 
 
-def test_empty_files_are_told_from_others(tmp_path: Path) -> None:
+def test_empty_files_are_recognised(tmp_path: Path) -> None:
     packed = gzip.compress(b"")
     for name, data in {
         "a.csv": b"",
@@ -939,7 +933,7 @@ def test_lines_that_programs_add_are_taken_out_by_the_command_in_the_message(
     assert table.to_pydict() == {"user": ["u0", "u1", "u2"], "score": [0, 1, 2]}
 
 
-def test_rows_that_all_have_more_cells_than_names_are_no_single_mistake(tmp_path: Path) -> None:
+def test_errors_explain_rows_that_all_have_extra_cells(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("user,score\n1,a,3\n2,b,4\n")
     with pytest.raises(DataError, match=r"so has every row, .*names 2 columns; name all 3$"):
@@ -951,7 +945,7 @@ def test_rows_that_all_have_more_cells_than_names_are_no_single_mistake(tmp_path
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
 @pytest.mark.parametrize("again", ["user", "\ufeffuser"])
-def test_a_header_among_the_rows_is_no_row(tmp_path: Path, name: str, again: str) -> None:
+def test_a_repeated_header_is_not_a_row(tmp_path: Path, name: str, again: str) -> None:
     path = tmp_path / name
     users, items = ["a", "user", again, "user", "b"], ["1", "2", "item", "item", "item"]
     if name == "a.csv":
@@ -1006,7 +1000,7 @@ def test_utf_16_without_a_mark_is_named(tmp_path: Path, encoding: str) -> None:
     assert read_table(tmp_path / "a.csv", COLUMNS[:2], layout)["user"].to_pylist() == ["a"]
 
 
-def test_a_packed_file_that_is_cut_says_so(tmp_path: Path) -> None:
+def test_truncated_compressed_files_are_reported(tmp_path: Path) -> None:
     whole = gzip.compress(b"user,score\n" + os.urandom(4096).hex().encode())
     (tmp_path / "a.csv.gz").write_bytes(whole[:-100])
     with pytest.raises(DataError, match="it is cut or damaged: copy it again"):
