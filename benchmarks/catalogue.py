@@ -47,7 +47,7 @@ RUN_S = 0.03
 FORWARD_ROWS = 8192
 """Rows of a forward pass; of 1,024 to 65,536 no other number is faster by a tenth."""
 EXPECTED_FLOPS = 2e11
-"""Of a core; it sets the size of the runs only."""
+"""Of one core, roughly; it sets only the size of the runs."""
 
 
 def best_seconds(
@@ -95,7 +95,7 @@ def recbole(options: argparse.Namespace, seen: int) -> float | None:
 
 
 def synchronized() -> float:
-    """Seconds, when the GPU has done what it was given."""
+    """Seconds, after the GPU has finished its work."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -214,7 +214,7 @@ def main() -> int:
         "naive_pairs_per_s": (torch.inference_mode()(lambda: arch(pairs, dense)), FORWARD_ROWS),
         "limit_pairs_per_s": (lambda: torch.mm(a, b), 2 * 1024**3 / flops),
     }
-    # One thread's processor time is its time on a machine of its own, near enough.
+    # One thread's processor time is close to its time on an idle machine.
     clock = time.process_time if options.threads == 1 else time.perf_counter
     if device.type == "cuda":
         clock = synchronized

@@ -1,4 +1,4 @@
-"""The catalogue kernel compiled for GPUs that need not be there: registers, spills, shared memory.
+"""The catalogue kernel compiled for GPUs that may be absent: registers, spills, shared memory.
 
     python benchmarks/compiled_kernels.py sm_90 fp32 30-20-10
     python benchmarks/compiled_kernels.py sm_80 bf16 400-400-400 --mode candidates --top-k 100

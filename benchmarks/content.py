@@ -1,4 +1,4 @@
-"""Whether one log gives one dataset, however its files are packed, divided and ordered.
+"""Whether one log gives one dataset, for any packing, division and order of its files.
 
 A generated log is prepared as CSV, in another order, as other numbers of files, as gzip and as
 Parquet, with one thread and with partitions of other sizes: hashes of rows and vocabularies have to

@@ -5,7 +5,7 @@
     python benchmarks/first_light.py --device cpu          # a rehearsal of this script, on a CPU
 
 From the root of a checkout, with requirements/dev.txt installed. The checks run in an order that
-proves most first, each in a process of its own with a time limit, so that none stops another. Each
+proves most first, each in its own process with a time limit, so that a failure stops no other. Each
 prints what was found next to what is expected; the last line is JSON, with everything. Exit code 1
 if a check failed.
 """
@@ -239,7 +239,7 @@ def deterministic_resume(device: str) -> str:
     return "equal"
 
 
-@check(120, "losses within 1e-4 of those of tables that lie on the GPU")
+@check(120, "losses within 1e-4 of those with tables on the GPU")
 def cached_tables(device: str) -> dict[str, float]:
     """Tables in the machine's memory, part of whose rows the GPU holds."""
     cached = "sharding.tables={user: {cached: 0.1}, item: {cached: 0.5}}"
@@ -442,7 +442,7 @@ def _gpus() -> int:
 
 
 def _run(name: str, device: str, limit_s: float, home: str) -> dict[str, Any]:
-    """A check in a process of its own: what it found, or how it failed, and its seconds."""
+    """Runs a check in its own process: its result or failure, and its seconds."""
     paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),

@@ -121,7 +121,7 @@ def main() -> int:
     parser.add_argument("--rows", type=Path, default=Path(__file__).with_suffix(".yaml"))
     parser.add_argument("--table", help="only this one")
     parser.add_argument("--row", help="only this row")
-    parser.add_argument("--seeds", type=int, help="only the first so many seeds of each row")
+    parser.add_argument("--seeds", type=int, help="only the first N seeds of each row")
     parser.add_argument("--work", type=Path, default=Path("quality"), help="folder of all runs")
     arguments = parser.parse_args()
     print(f"machine: {cpu_model()}, {os.cpu_count()} cores, 1 thread")

@@ -4,7 +4,7 @@ The notebook's shape, generated: 31,360 users, 6,807 items, dim 10, 30-20-10, tr
 steps, with the hour of a row as context. The plain catalogue is every user's top 10 at one hour.
 There is a request for each user, with its own hour and one of some filters by genre, or with a list
 of 500 items that no other request has. Pairs are those that are scored: of a request, the items
-that its filter or list keeps. Requests per second count requests, however few items each has. The
+that its filter or list keeps. Requests per second count requests of any number of items. The
 time is that of ranking and writing its parts; ways take turns.
 
     python benchmarks/request_files.py

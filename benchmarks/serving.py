@@ -182,7 +182,7 @@ async def _measured(
         due = begun + number / arguments.rate
         if (delay := due - time.perf_counter()) > 0:
             await asyncio.sleep(delay)
-        # From when it was due, not sent: a sender that lags behind hides no waiting.
+        # From when it was due, not sent: a slow sender hides no waiting.
         waiting.append(asyncio.create_task(one(number, due)))
         number += 1
     await asyncio.gather(swapping, *waiting)

@@ -550,7 +550,7 @@ def _write_files(drawn: Generated, folder: Path) -> None:
     # Row by row, so the main genre of an item comes first, and stays so in a stable sort.
     which, place = np.nonzero(drawn.genres >= 0)
     genre_items = np.concatenate([item_ids[which], drawn.unknown_item_ids])
-    # Nothing more is known of an unknown item, so each has a genre of its own in turn.
+    # Nothing more is known of an unknown item, so their genres are assigned in turn.
     unknown_genres = np.arange(len(drawn.unknown_item_ids)) % drawn.population.n_genres
     genre_codes = np.concatenate([drawn.genres[which, place], unknown_genres])
     by_item = np.argsort(genre_items, kind="stable")

@@ -360,7 +360,7 @@ def _log_batches(config: Config, batches: Batches, world: World) -> None:
     if batches.threads:
         how = f"made ahead, {batches.threads} at a time"
     if isinstance(batches, DeviceBatches):
-        how = f"made on {world.device.type}, where the data lie"
+        how = f"made on {world.device.type}, where the data are"
     log.info("batches of %d, %d per rank: %s", batches.batch_size, per_rank, how)
 
 

@@ -2,7 +2,7 @@
 
 The lock file ``.NAME.lock`` is next to what it protects, names the host and process that hold it,
 and is deleted afterwards. If the file system supports ``flock``, the kernel holds the lock and
-releases it however the process ends. Elsewhere (an object store, some network mounts) the holder
+releases it when the process ends. Elsewhere (an object store, some network mounts) the holder
 rewrites the file every `BEAT_S` seconds: if the process is gone from this host, or the file has not
 changed for `STALE_S` seconds while another process waited, the lock is stale and may be taken. Two
 processes that lock a folder in an object store within `SETTLE_S` may both succeed.

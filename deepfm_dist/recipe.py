@@ -55,7 +55,7 @@ factors. An over-arch with batch norm makes up for the scale of the factors; wha
 first-order weights costs little where rows are many."""
 RATE_OF_FEW_ROWS = 0.005
 """Adam's rate for the tables of few labelled rows: first-order weights have to get to about 1 in
-some `STEPS_TO_BEST` steps, each of which moves them by no more than the rate."""
+about `STEPS_TO_BEST` steps, each of which moves them by at most the rate."""
 STEPS_TO_BEST = 128
 """Number of steps with the best validation on logs of 1,400 to 100,000 labelled rows."""
 STEPS_PER_VALIDATION = 32
@@ -503,7 +503,7 @@ def _for_the_end(draft: "_Draft", manifest: Manifest, n_items: int, is_measured:
     if draft.get("model.deep") or not draft.get("model.fm"):
         against = "for an FM without an over-arch"
     elif manifest.item_fields_of_closed_form is None:
-        against = "no id of items and history of them with a table of its own"
+        against = "no item id and item history with separate tables"
     elif n_items > CLOSED_FORM_ITEMS:
         against = f"{plural(n_items, 'item')}: it takes too long beyond {CLOSED_FORM_ITEMS:,}"
     draft.choose("model.linear", "none" if against else "ease", against or plural(n_items, "item"))

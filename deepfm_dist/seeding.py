@@ -101,14 +101,14 @@ def permute(indices: npt.ArrayLike, n: int, seed: int) -> IntArray:
         ``[m]`` int64 in ``[0, n)``; over all of ``range(n)``, each value occurs once.
 
     Raises:
-        ValueError: an index lies outside ``[0, n)``.
+        ValueError: an index is outside ``[0, n)``.
 
     Source: a balanced Feistel network (Luby, Rackoff, 1988) restricted to ``range(n)`` by
     cycle walking (Black, Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
     array = np.ascontiguousarray(indices, dtype=np.int64)
     if array.size and (array.min() < 0 or array.max() >= n):
-        raise ValueError(f"indices must lie in [0, {n}), got {array.min()}..{array.max()}")
+        raise ValueError(f"indices must be in [0, {n}), got {array.min()}..{array.max()}")
     result: IntArray = _permuted(array.ravel().astype(np.uint64), n, seed)
     return result.reshape(array.shape)
 

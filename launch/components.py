@@ -113,7 +113,7 @@ def _app(
     processes = int(j.rpartition("x")[2])
     cpu = cpu or (8 * gpu or processes)
     memMB = memMB or (49152 * gpu or 2048 * processes)
-    # The first: each restart gets a store of its own; gloo would meet the dead ranks' addresses.
+    # The first: each restart gets its own store; gloo would meet the dead ranks' addresses.
     always = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
     return _torchrun(
         *args,

@@ -23,7 +23,7 @@
 set -euo pipefail
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
-# Each restart gets a store of its own: gloo would meet the dead ranks' addresses in a shared one.
+# Each restart gets its own store: gloo would meet the dead ranks' addresses in a shared one.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 nnodes=${NNODES:-1}
 

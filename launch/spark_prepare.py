@@ -95,7 +95,7 @@ class Spark:
         self._session = session
 
     def numbers(self, n: int) -> SparkRecords:
-        """An empty record for each key from 0 to ``n - 1``, in a partition of its own."""
+        """An empty record for each key from 0 to ``n - 1``, each in its own partition."""
         frame = self._session.range(0, n, 1, n)
         constants = "'' kind", "id key", "0L source", "0 piece", "false more", "binary('') payload"
         return SparkRecords(frame.selectExpr(*constants))

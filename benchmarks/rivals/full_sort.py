@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def pairs_per_s(args: argparse.Namespace, n_users: int) -> float:
-    """Of batches of so many users."""
+    """For batches of this many users."""
     from recbole.config import Config
     from recbole.data import create_dataset, data_preparation
     from recbole.model.context_aware_recommender.deepfm import DeepFM

@@ -14,9 +14,9 @@ from deepfm_dist.seeding import mix
 Bytes = npt.NDArray[np.uint8]
 Hashes = npt.NDArray[np.uint64]
 MOST_TEXT_BYTES = (1 << 31) - 1
-"""Of all distinct texts of a table."""
+"""Largest total length of a table's distinct texts."""
 _FEW_WORDS = 32
-"""That are sorted by insertion."""
+"""Up to this number, texts are sorted by insertion."""
 
 
 class Codes:
@@ -30,7 +30,7 @@ class Codes:
         self._used = 0  # bytes of the arena
         self._slots = np.full(1 << 12, -1, np.int32)
         self._hashes = np.zeros(1 << 11, np.uint64)
-        self._ends = np.zeros((1 << 11) + 1, np.int64)  # text i lies in arena[ends[i]:ends[i + 1]]
+        self._ends = np.zeros((1 << 11) + 1, np.int64)  # text i is arena[ends[i]:ends[i + 1]]
         self._arena = np.zeros(1 << 15, np.uint8)
 
     def __len__(self) -> int:

@@ -279,7 +279,9 @@ class PreparedDataset:
         def pieces() -> Iterator[Jagged]:
             for begin in range(0, len(train), _USERS_AT_ONCE):
                 end = min(begin + _USERS_AT_ONCE, len(train))
-                yield _with_new(_stretch(train, begin, end), _stretch(valid, begin, end))
+                yield _with_new(
+                    _lists_between(train, begin, end), _lists_between(valid, begin, end)
+                )
 
         return mapped(self.folder / "mapped" / "user-history-valid", pieces)
 
@@ -485,7 +487,7 @@ def _without(lists: Jagged, others: Jagged) -> Jagged:
     return Jagged.from_pairs(owners[kept], lists.values[kept], len(lists))
 
 
-def _stretch(lists: Jagged, begin: int, end: int) -> Jagged:
+def _lists_between(lists: Jagged, begin: int, end: int) -> Jagged:
     """Consecutive lists."""
     offsets = lists.offsets[begin : end + 1]
     return Jagged(offsets - offsets[0], lists.values[offsets[0] : offsets[-1]])

@@ -469,15 +469,15 @@ def settings_of(data: DataConfig) -> dict[str, Any]:
     elsewhere.add("id_dropout")
     if data.catalogue is None:  # as in versions without this setting
         elsewhere.add("catalogue")
-    if data.forget_after is None:  # likewise
+    if data.forget_after is None:
         elsewhere.add("forget_after")
     settings = data.model_dump(mode="json", exclude=elsewhere)
-    if not data.interactions.labels:  # likewise
+    if not data.interactions.labels:
         del settings["interactions"]["labels"]
     for layout in settings["files"].values():
-        if not layout["optional"]:  # likewise
+        if not layout["optional"]:
             del layout["optional"]
-    for feature in settings["features"]:  # likewise
+    for feature in settings["features"]:
         for option in ("npy", "dim"):
             if feature[option] is None:
                 del feature[option]

@@ -170,7 +170,7 @@ class _ExchangedIds(KeyedJaggedTensor):
         stride_per_rank: list[int] | None,
         stagger: int = 1,
     ) -> KeyedJaggedTensor:
-        """What all ranks have sent, by field; their batches are of one height."""
+        """What all ranks have sent, by field; their batches have the same number of rows."""
         lengths, values = tensors
         assert stride_per_rank is not None
         height = stride_per_rank[0]
@@ -348,7 +348,7 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
     def _on_lookup(self, module: nn.Module, _arguments: Any, pooled: Any) -> Any:
         """Waits for the pooled rows, which are needed next."""
         waited = pooled.wait() if isinstance(pooled, LazyAwaitable) else pooled
-        if module.training:  # validation has a phase of its own
+        if module.training:  # validation is timed as a separate phase
             took = time.perf_counter() - self._looking_up_since
             self.seconds["embeddings"] += took
             self.seconds["forward"] -= took

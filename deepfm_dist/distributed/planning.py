@@ -339,9 +339,9 @@ def _state_floats(optimizer: TableOptimizer, width: int) -> int:
 def _gpu_bytes(weights: int, state: int, cached: float | None) -> float:
     """Bytes per row in GPU memory, of the weights and the optimizer's state.
 
-    Of a cached table: a number per row that says where it is; a slot for some rows, with 16 bytes
-    that say whose it is and since when; and the state of row-wise optimizers. Others' stays with
-    the rows, in the machine's memory.
+    A cached table has a place number for each row, slots for some of the rows, each with 16 bytes
+    of bookkeeping, and the state of row-wise optimizers. Other optimizers' state stays with the
+    rows in host memory.
     """
     if cached is None:
         return weights + state
@@ -349,7 +349,7 @@ def _gpu_bytes(weights: int, state: int, cached: float | None) -> float:
 
 
 def _local_share(world: World) -> float:
-    """Of what a rank sends to all others alike, the part to ranks of its own machine."""
+    """The share of an all-to-all that stays on a rank's own machine."""
     return (world.local_world_size - 1) / max(1, world.world_size - 1)
 
 

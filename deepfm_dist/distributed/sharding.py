@@ -202,7 +202,7 @@ class _DataParallelWrapper(DefaultDataParallelWrapper):
 
 
 def _lay_out_buckets(wrapped: DistributedDataParallel) -> None:
-    """Makes DDP lay out its buckets now, with a backward pass of zero gradients. All ranks.
+    """Makes DDP build its buckets now, with a backward pass of zero gradients. All ranks.
 
     Otherwise it does so after the first step. The order in which ranks are summed depends on the
     buckets, so the first step after a resume would differ from an uninterrupted run.

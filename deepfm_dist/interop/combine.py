@@ -130,7 +130,7 @@ def ease_tables(
     fields = dataset.manifest.item_fields_of_closed_form
     if fields is None:
         raise ConfigError(
-            "combine: EASE needs the items' own id and a history of items with a table of its own "
+            "combine: EASE needs the items' own id and an item history with its own table "
             "among data.features: {name: item, entity: item}, {name: seen, entity: user, history: "
             "item}"
         )

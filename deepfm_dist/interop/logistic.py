@@ -1,7 +1,7 @@
 """Fits first-order weights by logistic regression with one prior per field.
 
 With few labelled rows, training takes too few steps for first-order weights to converge. A logistic
-regression converges in seconds, and its regularisation need not be tuned: the variance of each
+regression converges in seconds, and its regularisation needs no tuning: the variance of each
 field's weights is estimated from the training rows. A field without influence then gets weights
 near 0, and so does an item id that adds nothing to its attributes. With few positives, such
 estimates may be off; cross-validation decides how much of the regression to use instead of a

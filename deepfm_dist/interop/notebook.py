@@ -173,7 +173,7 @@ def notebook_fields(
             )
         if feature.hash_rows is not None:
             raise ConfigError(
-                f"{feature.name} is hashed, and every id of an offset table has a row of its own; "
+                f"{feature.name} is hashed, and every id of an offset table has its own row; "
                 f"leave hash_rows out"
             )
         if feature.multi_valued:

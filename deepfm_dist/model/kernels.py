@@ -108,7 +108,7 @@ class MLPState(NamedTuple):
         matrices: ``[out, in + 1]`` weights and biases of each layer, the output last, flat.
         units: ``[blocks, sum of (sizes + 1), BLOCK]`` inputs and hidden units of `BLOCK` rows of
             the batch at a time, each layer followed by ones for the biases.
-        scale: what dropout multiplies the units by that it keeps.
+        scale: dropout's factor for the units that it keeps.
     """
 
     sizes: Int64Array
@@ -159,7 +159,7 @@ def _multiply(
     Args:
         out: ``[n, BLOCK]``.
         weights: ``[n, m]``, flat.
-        strides: how far its rows and its columns lie apart.
+        strides: of its rows and columns.
         inputs: ``[m, BLOCK]``.
         floor: 0 for ReLU, or ``-inf``.
     """
@@ -201,8 +201,8 @@ def _add_outer(out: FloatArray, left: FloatArray, right: FloatArray) -> None:
 
     Args:
         out: ``[n, m]``, flat.
-        left: ``[blocks, n, BLOCK]``; blocks may lie apart.
-        right: ``[blocks, m, BLOCK]``, likewise.
+        left: ``[blocks, n, BLOCK]``; blocks need not be contiguous.
+        right: ``[blocks, m, BLOCK]``, in the same way.
     """
     blocks, n, _ = left.shape
     m = right.shape[1]

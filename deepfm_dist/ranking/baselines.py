@@ -134,7 +134,7 @@ class Ease:
         place[popular] = np.arange(len(popular))
         log.warning(
             "ease: fitted on the %s most popular of %s items, which have %.1f %% of the training "
-            "positives; the others follow behind them by popularity",
+            "positives; then all others by popularity",
             f"{len(popular):,}",
             f"{n_items:,}",
             100 * counts[popular].sum() / max(1, counts.sum()),
@@ -142,8 +142,8 @@ class Ease:
         kept = distinct(Jagged(train.offsets, place[train.values]))
         weights = self.weights(co_counts(kept, len(popular)))
         # Integers that float32 represents exactly, below every score.
-        behind = torch.from_numpy(counts - float(2**24)).float()
-        return partial(_linear_among, weights, popular, place, behind)
+        tail = torch.from_numpy(counts - float(2**24)).float()
+        return partial(_linear_among, weights, popular, place, tail)
 
     def fit_to_memory(self, n_items: int, room_bytes: int) -> tuple[Baseline, str]:
         """See `Baseline`."""
@@ -256,7 +256,7 @@ def _neighbours(
         item_offsets: ``[U + 1]`` into ``items``: of each user.
         items: items of the users.
         nearest: ``[I, K]`` int32; entries without a neighbour keep their value.
-        cosines: ``[I, K]`` float32, likewise.
+        cosines: ``[I, K]`` float32, in the same order.
     """
     n_items, k = nearest.shape
     norm = np.sqrt(np.maximum(np.diff(user_offsets), 1).astype(np.float64))

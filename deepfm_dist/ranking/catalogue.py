@@ -126,7 +126,7 @@ class CatalogueScorer:
 
     @torch.no_grad()
     def scores_of_pairs(self, users: Side, items: Side, positions: Tensor) -> Tensor:
-        """Logits of each user and some items of its own.
+        """Logits of each user with this user's own items.
 
         Args:
             users: U users.

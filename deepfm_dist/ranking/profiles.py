@@ -56,7 +56,7 @@ class Profile:
 
     Attributes:
         recall: Recall@K at K = 1, 2, ...
-        ndcg: NDCG@K likewise.
+        ndcg: NDCG@K in the same way.
         by_activity: mean NDCG at the largest K by group of users.
         by_popularity: recall at the largest K by group of held-out items.
     """

@@ -117,7 +117,7 @@ def plan_table(plan: Plan) -> str:
             "weights": format_bytes(table.weight_bytes),
             "optimizer": format_bytes(table.state_bytes),
             "sharding": table.sharding,
-            "ranks": _stretch(table.ranks[0], table.ranks[-1]),
+            "ranks": _from_to(table.ranks[0], table.ranks[-1]),
             "cached": "all" if table.cached is None else f"{table.cached:.0%}",
             "network/step": format_bytes(table.traffic_bytes),
         }
@@ -133,7 +133,7 @@ def plan_table(plan: Plan) -> str:
             runs.append((number, number, rank))
     ranks = pd.DataFrame(
         {
-            "ranks": _stretch(first, last),
+            "ranks": _from_to(first, last),
             "tables": format_bytes(rank.table_bytes),
             "buffers": format_bytes(rank.buffer_bytes),
             "dense": format_bytes(rank.dense_bytes),
@@ -168,5 +168,5 @@ def trials_table(trials: Sequence[Trial], monitor: str) -> str:
     return pd.DataFrame(lines).to_string(index=False, float_format="{:.5g}".format, na_rep="")
 
 
-def _stretch(first: int, last: int) -> str:
+def _from_to(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"

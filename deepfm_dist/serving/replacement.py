@@ -81,7 +81,7 @@ class ModelInUse(Collector):
 
     @property
     def status(self) -> Status:
-        """Of the service."""
+        """The state of the service and of its replacement."""
         if self.folder is None:
             return Status(loaded=int(self.is_ready))
         return Status.read(self.folder)

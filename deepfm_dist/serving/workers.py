@@ -11,7 +11,7 @@ again.
 All workers accept connections from one socket. With SO_REUSEPORT each would have its own queue,
 whose connections would be reset when a worker exits.
 
-However a process ends, its children notice by the end of a pipe, the lifeline: they finish the
+When a process ends in any way, its children notice the end of a pipe, the lifeline: they finish the
 requests on their connections, and exit.
 """
 

@@ -45,7 +45,7 @@ _Records = npt.NDArray[np.void]
 
 @dataclass(frozen=True)
 class Unknown:
-    """Counts of held-out rows whose users, items or values have no embedding of their own.
+    """Counts of held-out rows whose users, items or values have no own embedding.
 
     Attributes:
         n: number of rows counted: the positives if negatives are sampled (from known items),

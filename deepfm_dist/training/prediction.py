@@ -191,7 +191,7 @@ class _RowsOfFile:
     Attributes:
         source: path or URL.
         name: of the file, for messages.
-        layout: how it is laid out.
+        layout: its columns and format.
         encoder: looks its values up.
         collate: makes batches of them.
         rate: of the negatives drawn in training, if some are.

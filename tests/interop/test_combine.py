@@ -148,7 +148,7 @@ def test_columns_beyond_the_items_leave_the_model_where_it_was(
                 "data.features=[{name: user, entity: user}, {name: item, entity: item}]",
                 "data.history={}",
             ),
-            "EASE needs the items' own id and a history of items with a table of its own",
+            "EASE needs the items' own id and an item history with its own table",
         ),
     ],
 )

@@ -76,8 +76,8 @@ class Collator:
 
         Args:
             users: ``[b]`` rows of the user table; `ABSENT` leaves the user's fields empty.
-            items: ``[b]`` rows of the item table, or of cold items behind them (`Manifest.cold`);
-                `ABSENT` leaves the item's fields empty.
+            items: ``[b]`` rows of the item table, or of the cold items that follow
+                (`Manifest.cold`); `ABSENT` leaves the item's fields empty.
             context: context fields of many rows; None leaves them empty.
             context_rows: ``[b]`` indices of these rows; `ABSENT` leaves the context empty.
             labels: ``[b]``, or ``[b, T]`` of several targets; default zeros.

@@ -2,7 +2,7 @@
 
 Group g of the training rows belongs to lane g mod L. In every epoch a lane goes through its groups
 in another order, and through the rows of a group in another order. All lanes advance together, and
-a global batch takes its share from each. It is laid out lane by lane and sliced by rank, so that a
+a global batch takes its share from each. It is ordered lane by lane and sliced by rank, so that a
 rank reads about L / ranks lanes and the batch is the same at any number of ranks.
 
 Quality of the shuffle: a batch mixes L groups from all over the data, of up to 2**22 / L rows each.
@@ -311,7 +311,7 @@ class _GroupFiles:
         return self._open[number]
 
     def read(self, begin: int, end: int) -> dict[str, Values]:
-        """Training rows ``begin`` to ``end``, which lie between two cuts."""
+        """Training rows ``begin`` to ``end``, which are between two cuts."""
         first, last = np.searchsorted(self._ends, [begin, end - 1], side="right")
         wanted = self._groups[first : last + 1] if end > begin else []
         tables = [pa.schema([self._schema.field(c) for c in self._columns]).empty_table()]

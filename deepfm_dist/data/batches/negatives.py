@@ -91,7 +91,7 @@ class NegativeSampler:
         return self._spec.per_positive
 
     def seed_of(self, epoch: int) -> int:
-        """Of an epoch's draws."""
+        """The seed of an epoch's draws."""
         return derive_seed(self._seed, "negatives", epoch if self._spec.redraw else 0)
 
     def absent(

@@ -213,7 +213,7 @@ class InMemoryRows:
         self.n = len(next(iter(columns.values()))) * copies
 
     def seed_of(self, epoch: int) -> int:
-        """Of an epoch's order."""
+        """The seed of an epoch's order."""
         return derive_seed(self._seed, "order", epoch)
 
     def take(self, epoch: int, begin: int, end: int, first: int, last: int) -> SelectedRows:

@@ -368,7 +368,7 @@ class Counts:
 
     @property
     def mean_weight(self) -> float:
-        """Of the training rows."""
+        """Mean weight of the training rows; 1 without weights."""
         return self.weights.mean if self.weights.n else 1.0
 
     @classmethod

@@ -247,9 +247,9 @@ class Fitter:
         seed = derive_seed(self._job.seed, "rows", "cold item")
         cold, _ = Vocabulary.fit(ids, np.ones(len(ids), np.int64), 1, seed)
         rows = self._row_of_code[key]
-        behind = cold.lookup(self._partitions.ids[key])
+        cold_rows = cold.lookup(self._partitions.ids[key])
         self._row_of_code[key] = np.where(
-            (rows == 0) & (behind > 0), behind + np.int32(vocabulary.rows - 1), rows
+            (rows == 0) & (cold_rows > 0), cold_rows + np.int32(vocabulary.rows - 1), rows
         )
         return {entity: cold.ids}
 

@@ -104,7 +104,7 @@ def _outer_spaces(entity: str, ids: pa.Array, n: int) -> str | None:
         return None
     return (
         f"{entity}: {len(spaced):,} of {n:,} ids begin or end with a space, such as "
-        f"{pc.min(spaced).as_py()!r}, which is a part of them; if it stands behind each delimiter, "
+        f"{pc.min(spaced).as_py()!r}, which is a part of them; if it follows each delimiter, "
         f'name both in data.files, such as delimiter: ", "'
     )
 

@@ -210,7 +210,7 @@ class JsonLinesReader(Reader):
             )
         if text.endswith("},") and _is_object(text[:-1]):
             return DataError(
-                f"{path}, line {number}: an object with a comma behind it; write the file without: "
+                f"{path}, line {number}: a comma after an object; write the file without: "
                 f"{unpack} {quoted} | sed 's/,$//' > {target}"
             )
         if text == "{":

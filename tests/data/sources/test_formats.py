@@ -942,7 +942,7 @@ def test_lists_are_refused_as_single_values(tmp_path: Path, name: str) -> None:
 def test_objects_with_commas_behind_them_are_written_without_by_the_command(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"user": "a", "score": 1, "more": true},\n{"user": "b", "score": 2},\n')
-    with pytest.raises(DataError, match="line 1: an object with a comma behind it") as caught:
+    with pytest.raises(DataError, match="line 1: a comma after an object") as caught:
         read_table(path, COLUMNS)
     command = str(caught.value).partition("without: ")[2]
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)
