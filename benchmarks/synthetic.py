@@ -11,7 +11,7 @@ a user has not yet taken can be expected to beat the ranking by logit: it is the
 which a trained model is measured.
 
 The same population gives the same data everywhere. Vectors and log-popularities are rounded to
-multiples of 1/256, so that a float64 dot product is exact in whatever order it is summed, and
+multiples of 1/256, so that a float64 dot product is exact in any order of summation, and
 only numpy's elementary draws (uniform, normal, exponential) are used, which releases keep stable.
 
     python benchmarks/synthetic.py OUT --preset sample
@@ -572,7 +572,7 @@ def _write_files(drawn: Generated, folder: Path) -> None:
 
 def _write_text(path: Path, delimiter: str, columns: dict[str, Any]) -> None:
     """Write columns of equal length as delimited text, unquoted and under a header line."""
-    # The header by hand, because the writer quotes it whatever the quoting style.
+    # The header by hand, because the writer quotes it in every quoting style.
     options = pa.csv.WriteOptions(include_header=False, delimiter=delimiter, quoting_style="none")
     with path.open("wb") as file:
         file.write(f"{delimiter.join(columns)}\n".encode())

@@ -193,8 +193,8 @@ class RowEncoder:
                 column = feature.column or feature.name
                 also = "" if given is None else f", or give the requests a column {column!r}"
                 raise ConfigError(
-                    f"recommend.context.{feature.name}: this model looks at {feature.name}; say "
-                    f"which value to recommend for: recommend.context.{feature.name}=VALUE{also}"
+                    f"recommend.context.{feature.name}: this model depends on {feature.name}; give "
+                    f"the value to recommend for: recommend.context.{feature.name}=VALUE{also}"
                 )
         return {f.name: self._fixed(f.name, values[f.name]) for f in wanted}
 

@@ -11,7 +11,7 @@ KINDS = ("dry", "wet", "dry and wet")
 
 
 def shop(folder: Path) -> Config:
-    """A model of users by items, city, tags, age and taste, that looks at the device of a row."""
+    """A model of users by items, city, tags, age and taste, that depends on the device of a row."""
     rng = np.random.default_rng(3)
     rows = pd.DataFrame({"user": np.repeat(np.arange(30), 8)})
     rows["item"] = np.concatenate([rng.permutation(20)[:8] for _ in range(30)])

@@ -241,7 +241,7 @@ def _check_meanings(data: DataConfig, earlier: Manifest) -> None:
             if now[setting] != then.get(setting):
                 raise ConfigError(
                     f"data.features: {ours.name}: {setting} is {now[setting]!r} and was "
-                    f"{then.get(setting)!r} in {option}, whose rows and statistics stay in force; "
+                    f"{then.get(setting)!r} in {option}, whose rows and statistics stay in use; "
                     f"set it back, give the field another name, or leave vocabulary_from out"
                 )
 
