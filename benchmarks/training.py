@@ -448,10 +448,10 @@ def step_figures(
 
     Args:
         step: takes one.
-        rows: of a step.
+        rows: number of rows in a step.
         device: cpu or cuda.
-        steps: of a window.
-        windows: whose median counts, after one to warm up.
+        steps: number of steps in a window.
+        windows: number of windows, whose median counts, after one to warm up.
 
     Returns:
         ``rows_per_s``; ``ms`` of a step; ``host_ms`` that the host needs to queue it, and

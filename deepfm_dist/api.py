@@ -76,9 +76,9 @@ def fit(
         items: fields of the items, in the same way; a column ``title`` is for display only.
         context: further columns of ``interactions`` that are fields of the model.
         folder: where everything is written.
-        name: of the model in the folder. Default: ``model``, ``model-2`` and so on, a new one for
-            every call. An existing model is resumed, or returned if it is finished, but only with
-            the same frames and settings; ``trainer.epochs`` may be larger.
+        name: the name of the model in the folder. Default: ``model``, ``model-2`` and so on, a new
+            one for every call. An existing model is resumed, or returned if it is finished, but
+            only with the same frames and settings; ``trainer.epochs`` may be larger.
         sections: settings, such as ``model={"embedding_dim": 32}``; see docs/configuration.md.
 
     Returns:
@@ -116,7 +116,7 @@ class _Inputs:
 
     Attributes:
         data: the section ``data`` of the settings, without its root.
-        frames: by the name of the file that holds them.
+        frames: the frames, by the name of the file that holds them.
     """
 
     data: dict[str, Any]
@@ -248,7 +248,7 @@ class Model:
     Attributes:
         config: its settings, as for the commands.
         checkpoint: the folder of its weights; if it is replaced, the model refuses to use it.
-        digest: of its files.
+        digest: the digest of its files.
     """
 
     config: Config
@@ -327,7 +327,7 @@ class Model:
         """Measures the model on held-out rows, and writes `report`.
 
         Args:
-            settings: of the section ``evaluate``, such as ``k=[5, 10]``.
+            settings: the settings of the section ``evaluate``, such as ``k=[5, 10]``.
         """
         from deepfm_dist.jobs.evaluate import evaluate
 
@@ -345,8 +345,9 @@ class Model:
         """Every user's best unseen items: ``user_id, item_id, score, rank``.
 
         Args:
-            settings: of the section ``recommend``, such as ``k=20, users=[4, 6]``. ``requests`` and
-                ``histories`` may be a pandas DataFrame or pyarrow Table in place of a file.
+            settings: the settings of the section ``recommend``, such as ``k=20, users=[4, 6]``.
+                ``requests`` and ``histories`` may be a pandas DataFrame or pyarrow Table in place
+                of a file.
         """
         from deepfm_dist.jobs.recommend import recommend
 
@@ -367,7 +368,7 @@ class Model:
         """Every item's most similar items: ``item_id, similar_item_id, score, rank``.
 
         Args:
-            settings: of the section ``similar``, such as ``k=5``.
+            settings: the settings of the section ``similar``, such as ``k=5``.
         """
         from deepfm_dist.jobs.similar import similar
 

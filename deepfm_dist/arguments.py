@@ -28,9 +28,9 @@ class Parser(argparse.ArgumentParser):
     """A command's parser, with examples in its help and one-line errors.
 
     Args:
-        name: of the command.
+        name: the name of the command.
         description: one line for --help.
-        examples: of its arguments, for --help; as in `EXAMPLES`.
+        examples: the examples of its arguments, for --help; as in `EXAMPLES`.
     """
 
     def __init__(self, name: str, description: str, examples: Sequence[str] = ()) -> None:

@@ -75,11 +75,11 @@ def build_model(
 
     Args:
         config: its settings.
-        manifest: of the data.
+        manifest: the manifest of the data.
         world: the ranks.
-        seed: of the initial weights.
+        seed: the seed of the initial weights.
         half: whether tables are in float16.
-        target_weights: of several targets in the loss; default: equal.
+        target_weights: weights of several targets in the loss; default: equal.
 
     Raises:
         ConfigError: ``model.over_arch`` cannot be imported or built, or the weights exceed this
@@ -130,7 +130,7 @@ def weight_transfer(trained: DataConfig, manifest: Manifest, model: ModelConfig)
 
     Args:
         trained: data settings of the trained model.
-        manifest: of the new model's data.
+        manifest: the manifest of the new model's data.
         model: settings of both.
 
     Raises:
@@ -306,7 +306,8 @@ def training_batches(
         config: the settings.
         dataset: the data.
         world: the ranks.
-        rows: of ``trainer.loss=bce``: columns of the rows to train on; default: the training rows.
+        rows: the rows of ``trainer.loss=bce``: columns of the rows to train on; default: the
+            training rows.
 
     Raises:
         ConfigError: the data does not fit the loss, or a rank would get no rows.

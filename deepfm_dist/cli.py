@@ -97,12 +97,12 @@ def run(
     """Parses the command line, checks the installation, and does the work.
 
     Args:
-        name: of the command.
+        name: the name of the command.
         description: one line for --help.
         work: takes the configuration and the command's own arguments.
         argv: arguments; default: the process's.
         add_arguments: adds the command's own arguments.
-        examples: of its arguments, for --help; see `deepfm_dist.arguments.EXAMPLES`.
+        examples: the examples of its arguments, for --help; see `deepfm_dist.arguments.EXAMPLES`.
 
     Returns:
         0: done; 2: user error (one line on stderr). A bug raises, with exit code 1.
@@ -195,7 +195,7 @@ def add_output(description: str, parser: argparse.ArgumentParser) -> None:
 
     Args:
         description: what ``--output`` names.
-        parser: of the command.
+        parser: the parser of the command.
     """
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--output", metavar="FILE", help=description)

@@ -251,7 +251,7 @@ def with_settings(config: Config, settings: Mapping[str, Any], origin: str = "co
     Args:
         config: not modified.
         settings: values by dotted name.
-        origin: of the settings, for messages.
+        origin: the origin of the settings, for messages.
 
     Raises:
         ConfigError: one is unknown or has a bad value.
@@ -269,7 +269,7 @@ def resolve(
 
     Args:
         config: not modified.
-        manifest: of the prepared data.
+        manifest: the manifest of the prepared data.
         saved: settings of the resumed run, which take precedence over the recipe: another machine
             or version may choose differently.
 

@@ -34,9 +34,9 @@ class Launch:
     """This process as described by its launcher; the defaults are those of a single process.
 
     Attributes:
-        rank: of this process, from 0.
+        rank: the rank of this process, from 0.
         world_size: number of processes.
-        local_rank: of this process on its machine.
+        local_rank: rank of this process on its machine.
         local_world_size: processes on this machine.
         master: host and port of the store; None for a single process.
         agents: number of torchrun agents, one per machine.

@@ -28,7 +28,7 @@ def progress(
     Args:
         total: number of units.
         description: label of the bar.
-        unit: of the count, such as ``step``.
+        unit: the unit of the count, such as ``step``.
         is_first: whether this is rank 0; other ranks show nothing, nor does rank 0 if stderr is
             neither a terminal nor a notebook, or logging is quiet.
         done: units already done.
@@ -62,7 +62,7 @@ def warn_if_unwritable(consequence: str) -> Iterator[None]:
     """Warns if files that accompany a command's result cannot be written; the result is not lost.
 
     Args:
-        consequence: of the failure, and what to do; ends the warning.
+        consequence: the consequence of the failure, and what to do; ends the warning.
     """
     try:
         yield
@@ -85,7 +85,7 @@ class TensorBoard:
     """Writes every number of an event that has a step as a scalar.
 
     Args:
-        folder: of TensorBoard's files.
+        folder: the folder of TensorBoard's files.
         from_step: later steps in earlier files are no longer shown.
 
     Raises:
@@ -123,7 +123,7 @@ class MetricsLog:
     other than training figures.
 
     Args:
-        folder: of the run; created if missing.
+        folder: the folder of the run; created if missing.
         is_first: whether this rank writes.
         from_step: events of later steps are dropped, since a resumed run writes them again; None:
             keep all.

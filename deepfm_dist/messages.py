@@ -28,8 +28,8 @@ def plural(count: int, noun: str, nouns: str | None = None) -> str:
 
     Args:
         count: how many.
-        noun: of one.
-        nouns: of several; default: with an s.
+        noun: the singular.
+        nouns: the plural; default: with an s.
     """
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
 

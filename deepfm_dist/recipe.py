@@ -81,7 +81,7 @@ class Choice:
 
     Attributes:
         setting: its dotted name.
-        value: in the configuration.
+        value: its value in the configuration.
         reason: a short explanation with the deciding figures.
     """
 
@@ -239,7 +239,7 @@ def choose(config: Section, manifest: Manifest) -> list[Choice]:
 
     Args:
         config: the whole configuration.
-        manifest: of the prepared data.
+        manifest: the manifest of the prepared data.
 
     Returns:
         A choice for every ``auto`` setting, except those that keep their default.
@@ -370,7 +370,7 @@ def _for_tables_of_rows(draft: "_Draft", manifest: Manifest, rate: float, scaled
 
     Args:
         draft: the settings so far.
-        manifest: of the prepared data.
+        manifest: the manifest of the prepared data.
         rate: Adam's learning rate for the other parameters.
         scaled: how it was calculated.
     """

@@ -21,7 +21,7 @@ def describe(error: ValidationError, section: type[Section]) -> dict[str, str]:
     The name is empty if settings of several sections contradict each other.
 
     Args:
-        error: of validating ``section``.
+        error: the error of validating ``section``.
         section: the outermost section.
     """
     return {

@@ -281,7 +281,7 @@ def write_errors_to_user(folder: Path, cure: str = ANOTHER_ROOT) -> Iterator[Non
     """Turns errors of writing to a folder into user errors.
 
     Args:
-        folder: of a run, or of a result.
+        folder: the folder of a run, or of a result.
         cure: what to do if it cannot be written, for the message.
 
     Raises:

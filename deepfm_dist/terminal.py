@@ -11,7 +11,7 @@ def coloured(text: str, colour: str, stream: TextIO | None = None) -> str:
     """The text, coloured if the stream is a terminal.
 
     Args:
-        text: to print.
+        text: the text to print.
         colour: bold, red or yellow.
         stream: where it goes; default: stdout.
 

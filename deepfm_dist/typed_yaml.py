@@ -185,7 +185,7 @@ def set_value(tree: dict[str, Any], name: str, value: Any, origin: str) -> None:
         tree: changed in place; missing sections are added.
         name: the setting.
         value: its value.
-        origin: of the setting, for the message.
+        origin: the origin of the setting, for the message.
 
     Raises:
         ConfigError: a parent is not a section.

@@ -32,7 +32,7 @@ class DeepFM(BaseModel):
         fields: what `feature_map` returns.
         dim: length of a vector.
         layers: widths of the MLP.
-        dropout: of each hidden layer.
+        dropout: the dropout of each hidden layer.
         batch_norm: before each activation.
         settings: BaseModel's, ``embedding_regularizer`` and ``model_root`` among them.
     """

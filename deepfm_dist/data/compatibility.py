@@ -38,8 +38,8 @@ def check_match(
         checkpoint: its folder, for messages.
         state: its marker.
         trained: the data settings of its run.
-        folder: of the dataset, for messages.
-        manifest: of the dataset.
+        folder: the folder of the dataset, for messages.
+        manifest: the manifest of the dataset.
         same_rows: whether to refuse different rows; otherwise warn.
 
     Raises:
@@ -104,7 +104,7 @@ def check_start(
         option: the setting that names the checkpoint, and its value, for messages.
         state: the checkpoint's marker.
         trained: the data settings of its run.
-        manifest: of the data that the new model is trained on.
+        manifest: the manifest of the data that the new model is trained on.
 
     Raises:
         CheckpointError: ids have different rows, or numbers a different scale.

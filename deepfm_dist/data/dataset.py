@@ -74,7 +74,7 @@ def labels_in(
     """Labels from the columns of their files.
 
     Args:
-        columns: of many rows.
+        columns: the columns of many rows.
         rows: ``[n]`` selected rows; None: all.
 
     Returns:
@@ -213,7 +213,7 @@ class PreparedDataset:
         """Rows that belonged to different ids in an earlier dataset, by table.
 
         Args:
-            vocabulary_hash: of the earlier dataset.
+            vocabulary_hash: the hash of the earlier dataset's vocabularies.
         """
         chain = (*self.manifest.grown_from, self.manifest.vocabulary_hash)
         if vocabulary_hash not in chain:

@@ -42,7 +42,7 @@ class FieldEncoder(Protocol):
         """Encodes the value of one row.
 
         Args:
-            value: from the configuration or a request; None: empty.
+            value: the value, from the configuration or a request; None: empty.
             where: its source, for messages.
 
         Raises:
@@ -106,7 +106,7 @@ class WordEncoder:
 
     Args:
         feature: the field.
-        vocabulary: of its table; None for a hashed field.
+        vocabulary: the vocabulary of its table; None for a hashed field.
 
     Attributes:
         unseen: unknown values encoded so far; empty for a hashed field.

@@ -90,8 +90,8 @@ def labels_of(
     An additional ``label`` is 1 if any label is 1, that is, if the user did anything with the item.
 
     Args:
-        rows: as `row_columns` reads them.
-        names: of the labels.
+        rows: the rows, as `row_columns` reads them.
+        names: the names of the labels.
     """
     columns = {
         f"{LABEL_OF}{n}": np.asarray(rows[f"{LABEL_OF}{n}"].fill_null(NO_LABEL), np.int8)
@@ -111,7 +111,7 @@ def impressions_column(name: str, labelled: bool) -> Column:
     """A column of items that were shown together.
 
     Args:
-        name: of the column.
+        name: the name of the column.
         labelled: whether an item without a label makes the row invalid.
     """
     checks = (Check(_is_unlabelled, "a list of items with labels, such as N1-1 N2-0"),)
@@ -457,8 +457,8 @@ class NumericFit:
 
     Attributes:
         feature: the field.
-        moments: of the numbers, exact.
-        histogram: of the upper half of each value's float32 bits, for buckets.
+        moments: the moments of the numbers, exact.
+        histogram: the histogram of the upper half of each value's float32 bits, for buckets.
     """
 
     feature: Feature

@@ -285,7 +285,7 @@ def mapped(folder: Path, pieces: Callable[[], Iterable[Jagged]]) -> Jagged:
     """Rows in memory-mapped files, shared by all processes of a machine.
 
     Args:
-        folder: of the files; created atomically from ``pieces`` if it is missing.
+        folder: the folder of the files; created atomically from ``pieces`` if it is missing.
         pieces: the rows, in consecutive pieces.
     """
 
@@ -310,7 +310,7 @@ def mapped_values(
     """`mapped` for rows of one value or one vector each.
 
     Args:
-        folder: of the file; see `mapped`.
+        folder: the folder of the file; see `mapped`.
         n: total number of rows.
         pieces: the values, in consecutive pieces of one type.
 

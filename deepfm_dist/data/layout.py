@@ -153,7 +153,7 @@ class DatasetFiles:
         """Checks types and values.
 
         Args:
-            name: of the file.
+            name: the name of the file.
             table: any of its rows and columns.
 
         Returns:

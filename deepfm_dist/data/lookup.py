@@ -39,7 +39,7 @@ class RowEncoder:
 
     Attributes:
         unknown: by field, the unknown values encoded so far.
-        targets: of the model, if there are several; see `Manifest.targets`.
+        targets: the targets of the model, if there are several; see `Manifest.targets`.
     """
 
     def __init__(self, dataset: PreparedDataset) -> None:
@@ -169,7 +169,7 @@ class RowEncoder:
         """One row of context from the configuration, for recommendations.
 
         Args:
-            values: by name of the field.
+            values: the values, by name of the field.
             given: fields that a file of requests has columns for; None without such a file.
 
         Raises:
@@ -209,7 +209,7 @@ class UserAttributes:
         dataset: provides vocabularies and statistics.
 
     Attributes:
-        names: of the fields, in the model's order.
+        names: the names of the fields, in the model's order.
     """
 
     def __init__(self, dataset: PreparedDataset) -> None:
@@ -223,7 +223,7 @@ class UserAttributes:
         """Encodes one user's fields; those without a value are empty, and so is a hashed id.
 
         Args:
-            values: by name of the field.
+            values: the values, by name of the field.
 
         Raises:
             ConfigError: a field or value is unknown, or a value has the wrong type.

@@ -455,7 +455,7 @@ def fingerprint(
     Args:
         data: the configuration.
         files: `input_files`.
-        seed: of the preparation.
+        seed: the seed of the preparation.
         earlier: fingerprint of the dataset that vocabularies are taken from.
     """
     settings = settings_of(data)

@@ -38,7 +38,7 @@ def draw_per_positive(
         per_positive: negatives per positive.
         history: each user's items to avoid, ascending and distinct, in ``[0, n_items)``.
         n_items: number of items.
-        seed: of this epoch's draws.
+        seed: the seed of this epoch's draws.
         weights: ``[n_items]`` int64 of `item_weights`, to draw in proportion to; default: uniform.
 
     Returns:
@@ -82,7 +82,7 @@ def put_negatives(
         per_positive: negatives per positive.
         history: as above.
         n_items: number of items.
-        seed: of this epoch's draws.
+        seed: the seed of this epoch's draws.
         weights: as above.
         first_item: offset added to the drawn items.
     """
@@ -124,7 +124,7 @@ def draw_distinct(
         per_user: negatives per user.
         history: each user's items to avoid, ascending and distinct, in ``[0, n_items)``.
         n_items: number of items.
-        seed: of the draws.
+        seed: the seed of the draws.
         users: ``[users]`` number of each row of ``history`` that seeds its draws; default: its
             index.
 

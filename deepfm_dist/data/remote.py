@@ -49,7 +49,7 @@ def local_copy(folder: Path, cache: str | Path) -> Path:
     Several processes may request the same copy: one downloads it, the others wait.
 
     Args:
-        folder: of the dataset.
+        folder: the folder of the dataset.
         cache: folder for copies.
 
     Raises:

@@ -191,7 +191,7 @@ class Unseen:
     """Counts unknown values of a field.
 
     Attributes:
-        name: of the field.
+        name: the name of the field.
         count: number of unknown values.
         total: number of values.
     """

@@ -211,7 +211,7 @@ def read_clock(texts: pa.Array, formats: Sequence[str] = ()) -> pa.Array:
 
     Args:
         texts: ``[n]`` string.
-        formats: as in `read_times`; numbers need one.
+        formats: the formats, as in `read_times`; numbers need one.
 
     Returns:
         ``[n]`` timestamp[s], null where the cell cannot be read.
@@ -237,7 +237,7 @@ class TimeColumn:
     """Statistics of a dataset's times, merged over batches, files and ranks.
 
     Attributes:
-        name: of the column.
+        name: the name of the column.
         examples: the first time of each notation, with its file: "dated", "number", and for numbers
             the indices in `_ERAS`.
         eras: counts of numbers below, in and between the bounds of `_ERAS`.

@@ -45,7 +45,7 @@ class Vocabulary:
             ids: ``[n]`` distinct strings.
             counts: ``[n]`` int64.
             min_count: minimum count for a row; an unseen id gets none.
-            seed: of the order.
+            seed: the seed of the order.
             earlier: a vocabulary whose ids keep their rows regardless of counts; new ids are
                 appended, spread over the new rows.
             free: rows of ``earlier`` whose ids are not among ``ids``; new ids take these first, in

@@ -385,7 +385,7 @@ class _Files(FileSystemBase):
     """DCP's file system interface on `Path`; computes the CRC-32 of written files.
 
     Attributes:
-        sums: by name.
+        sums: the sums, by name.
     """
 
     def __init__(self) -> None:

@@ -140,7 +140,7 @@ def raise_if_ranks_missing(
 
     Args:
         store: shared by the ranks.
-        rank: of this process.
+        rank: the rank of this process.
         world_size: number of ranks.
         timeout_s: seconds after which a rank that waits for a lost one gives up.
         local_rank: this process among those of its machine.
@@ -193,7 +193,7 @@ class Watch:
 
     Args:
         store: shared by the ranks; not used elsewhere.
-        rank: of this process.
+        rank: the rank of this process.
         world_size: number of ranks.
         timeout_s: seconds after which to give up on a lost rank.
         end: exits the process.

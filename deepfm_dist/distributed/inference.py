@@ -27,7 +27,7 @@ def dealt_blocks(n_blocks: int, world: World, description: str) -> Iterator[int]
     Args:
         n_blocks: blocks of all ranks.
         world: the ranks.
-        description: of the progress bar.
+        description: the description of the progress bar.
     """
     per_rank = -(-n_blocks // world.world_size)
     with progress(per_rank, description, "block", world.is_first) as bar:

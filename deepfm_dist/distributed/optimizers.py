@@ -84,13 +84,13 @@ class TableOptimizer:
     """How embedding tables are updated.
 
     Attributes:
-        name: in the configuration.
+        name: its name in the configuration.
         kernel: fused: updated in backward; dense: by a torch optimizer afterwards.
         kind: the optimizer's class.
         arguments: its arguments.
         fused_params: further arguments of FBGEMM's kernel.
-        reason: for the choice of kernel.
-        device: of the tables.
+        reason: reason for the choice of kernel.
+        device: the device of the tables.
         half: whether tables are in float16.
     """
 
@@ -133,7 +133,7 @@ def table_optimizer(config: OptimizerConfig, device: torch.device) -> TableOptim
 
     Args:
         config: the optimizers' settings. With ``max_norm``, `bound_gradients` adds L2.
-        device: of the tables.
+        device: the device of the tables.
 
     Raises:
         ConfigError: the device does not support it.

@@ -50,7 +50,7 @@ class PartFolder:
 
     Attributes:
         present: numbers of existing parts.
-        summary: of a complete folder; None if it was incomplete.
+        summary: the summary of a complete folder; None if it was incomplete.
 
     Raises:
         ConfigError: the folder holds other files or parts of something else, or is a file.

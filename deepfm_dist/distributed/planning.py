@@ -50,7 +50,7 @@ class Job:
     Attributes:
         task: the model, its tables on the meta device.
         world: the ranks, from `hypothetical_world`.
-        optimizer: of the tables.
+        optimizer: the optimizer of the tables.
         sharding: configured placement.
         batch_size: rows per step over all ranks.
         hbm_bytes: memory of a GPU.
@@ -71,10 +71,10 @@ class TableDemand:
     Attributes:
         table: its name.
         rows: its rows.
-        weight_bytes: of all its rows.
-        state_bytes: of the optimizer's state and, for dense kernels, the gradient.
+        weight_bytes: size of all its rows.
+        state_bytes: size of the optimizer's state and, for dense kernels, the gradient.
         sharding: table_wise, row_wise, table_row_wise or replicated.
-        ranks: that hold it, counted within their group.
+        ranks: the ranks that hold it, counted within their group.
         cached: share of its rows that GPUs keep; None: all of them.
         traffic_bytes: that cross the network in a step, over all ranks: ids, pooled rows and their
             gradients; of a replicated table its gradient; of a table of which each group of ranks
@@ -255,9 +255,9 @@ def _table_demand(
     Args:
         job: the plan's inputs.
         config: the table.
-        placement: of the table.
+        placement: the placement of the table.
         width: numbers per row.
-        weight_bytes: of a row, unless it is replicated.
+        weight_bytes: size of a row, unless the table is replicated.
     """
     ranks, batch = job.world.world_size, job.batch_size
     fields, rows = len(config.feature_names), config.num_embeddings

@@ -105,7 +105,7 @@ class PlacedTable:
         rows: its rows.
         row_width: floats per row.
         sharding: table_wise, row_wise, table_row_wise or replicated.
-        ranks: that hold it.
+        ranks: the ranks that hold it.
         kernel: fused, fused_uvm_caching or dense.
     """
 
@@ -294,7 +294,7 @@ def shard(
         world: the ranks.
         config: placement of tables; a table with fewer rows than ranks is not sharded by rows
             unless configured explicitly.
-        optimizer: of the tables, attached to them; None: inference only.
+        optimizer: the optimizer of the tables, attached to them; None: inference only.
         batch_size: rows per step over all ranks, for the planner.
         some_unused: whether some weights may get no gradient in a step; DDP then looks for them.
 
@@ -390,7 +390,7 @@ def sharding_group(
     Args:
         world: all ranks; may be hypothetical.
         config: names the size of a group.
-        optimizer: of the tables; None: they are only read.
+        optimizer: the optimizer of the tables; None: they are only read.
 
     Returns:
         ``world`` itself if there is only one group.
@@ -832,7 +832,7 @@ def init_tables(
         sharded: the sharded model.
         used_width: number of used leading columns; the padding stays 0.
         init_std: standard deviation.
-        seed: of all tables.
+        seed: the seed of all tables.
         threads: number of threads; results do not depend on it. One draws 0.3 billion numbers per
             second, and other ranks wait for at most ``run.timeout_s``.
     """

@@ -35,9 +35,9 @@ class StoredWeight:
 
     Attributes:
         name: ``tables.<table>``, or the name in `InteractionArch`.
-        key: in the checkpoint.
-        shape: without the padding of a table's rows.
-        dtype: of its elements.
+        key: its key in the checkpoint.
+        shape: the shape, without the padding of a table's rows.
+        dtype: the dtype of its elements.
         n_rows: its first dimension; 1 for a scalar.
         row_bytes: bytes of one row as stored.
         kept_bytes: bytes of a row without padding.
@@ -122,7 +122,7 @@ class StoredModel:
         """All rows in order, without their padding; the last slice may be shorter.
 
         Args:
-            weight: of `weights`.
+            weight: one of `weights`.
             buffer_bytes: bytes of stored rows in memory at a time, besides one copy.
 
         Raises:

@@ -35,7 +35,8 @@ def add_tables(
         target: a model with the same placement of tables and more columns.
         dims: D of the source and of the target.
         at: first target column for the source's factors.
-        share: of the logits; factors enter as products, so each is scaled by its square root.
+        share: the share of the logits; factors enter as products, so each is scaled by its square
+            root.
     """
     dim, width = dims
     for (*_, narrow), (*_, wide) in zip(local_shards(source), local_shards(target), strict=True):
@@ -51,7 +52,7 @@ def add_dense(source: InteractionArch, target: InteractionArch, at: int, share: 
         source: the model's part above the tables.
         target: the wider one's, with the same fields.
         at: column of the target's factors that the source's first one becomes.
-        share: of the logits.
+        share: the share of the logits.
     """
     target.bias.add_(share * source.bias)
     columns = slice(at, at + source.embedding_dim)
@@ -77,7 +78,8 @@ def add_over_arch(
         target: one of several times as many units in each hidden layer.
         dims: D of the source and of the target.
         at: column of the target's factors that the source's first one becomes.
-        share: of the logits; the factors were multiplied by its square root (`add_tables`).
+        share: the share of the logits; the factors were multiplied by its square root
+            (`add_tables`).
     """
     dim, width = dims
     place, last = at // dim, len(source.hidden)
@@ -115,8 +117,8 @@ def ease_tables(
     Args:
         dataset: the prepared dataset.
         columns: number of columns.
-        l2: of EASE.
-        weight: of its scores.
+        l2: L2 regularisation of EASE.
+        weight: the weight of its scores.
         field_weight: each value of an item's field counts as this many users with all of its items.
 
     Returns:
@@ -178,7 +180,7 @@ def ease_factors(
     truncated this way ranks unseen items better than complete EASE.
 
     Args:
-        ease: to approximate.
+        ease: the EASE to approximate.
         train: each user's distinct training items, numbers below ``n_items``.
         n_items: I.
         n_factors: length of a vector.

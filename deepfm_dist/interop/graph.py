@@ -47,7 +47,8 @@ class GraphInput:
     """One input of the graph.
 
     Attributes:
-        name: of the input; inputs of an AOTInductor package are given in order, without names.
+        name: the name of the input; inputs of an AOTInductor package are given in order, without
+            names.
         kind: ``user_of_row``: for each row, the index of its user; ``row``: a table row,
             0 for an unknown value and `NO_VALUE` for none; ``rows``: any number of them, padded
             with `NO_VALUE`; ``number``: the value of a numeric field, transformed; ``vector``: of a
@@ -76,7 +77,7 @@ class GraphTable(nn.Module):
 
     Args:
         weights: ``[rows, D + 1]`` float32: factors, first-order weight.
-        precision: of the stored weights.
+        precision: the precision of the stored weights.
     """
 
     weights: Tensor
@@ -120,11 +121,11 @@ class ScoringGraph(nn.Module):
     Args:
         tables: ``[rows, D + 1]`` float32 by name.
         above: everything above the tables, in eval mode.
-        manifest: of the data.
-        precision: of the tables inside the graph.
+        manifest: the manifest of the data.
+        precision: the precision of the tables inside the graph.
 
     Attributes:
-        inputs: of `forward`, in order.
+        inputs: the inputs of `forward`, in order.
         output: name of the result.
     """
 
@@ -247,10 +248,10 @@ def write_graph(
     """Compiles the graph and writes it.
 
     Args:
-        graph: in eval mode.
+        graph: the graph, in eval mode.
         example: inputs for at least two rows.
-        kind: of graph.
-        folder: of the file, which is named in `FILES`.
+        kind: the kind of graph.
+        folder: the folder of the file, which is named in `FILES`.
 
     Returns:
         The graph as the runtime computes it, from the file.

@@ -49,13 +49,13 @@ class Linear:
     Attributes:
         l2: L2 regularisation.
         field_weight: each value of an item's field counts as this many users with all of its items.
-        columns: of the FM.
-        weight: of its scores relative to the trained part's logits; 0 omits EASE.
+        columns: number of columns in the FM.
+        weight: the weight of its scores relative to the trained part's logits; 0 omits EASE.
         trained: share of the trained part's logits: 1, or 0 for EASE alone.
         l2_alone: L2 with which EASE alone ranks best.
-        ndcg: of the combination on the validation users.
-        ndcg_trained: of the trained part alone.
-        ndcg_ease: of EASE alone.
+        ndcg: NDCG of the combination on the validation users.
+        ndcg_trained: NDCG of the trained part alone.
+        ndcg_ease: NDCG of EASE alone.
     """
 
     l2: float = EASE_L2

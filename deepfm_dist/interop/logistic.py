@@ -124,7 +124,7 @@ class FirstOrder:
 
     Attributes:
         weights: the weights.
-        share: of the regression in the log-odds; the rest is a constant.
+        share: the share of the regression in the log-odds; the rest is a constant.
         log_loss: cross-validated on the training rows, of the full regression.
         constant_log_loss: the same for the constant.
         deviations: standard deviation of the weights of each table, of the numeric fields and of
@@ -143,7 +143,7 @@ class CrossFit:
     """Regressions of which each does not know the rows of one fold.
 
     Attributes:
-        weights: of the regression without fold k.
+        weights: the weights of the regression without fold k.
         constants: ``[K]`` log-odds of a positive in the rows that each knows.
         held_out: ``[B]`` log-odds of each row by the regression that does not know it.
     """
@@ -281,7 +281,7 @@ def fit(
     together: estimates from few rows or rare labels can be off by large factors.
 
     Args:
-        inputs: of the rows.
+        inputs: the inputs of the rows.
         labels: ``[B]`` 0 or 1.
         row_weights: ``[B]``.
 
@@ -316,7 +316,7 @@ def cross_validate(
     """Out-of-fold log-odds of each row by the regression and by a constant.
 
     Args:
-        inputs: of the rows.
+        inputs: the inputs of the rows.
         labels: ``[B]`` 0 or 1.
         row_weights: ``[B]``.
         weights: ``[W]`` of the regression on all rows, from which each fit starts.
@@ -341,7 +341,7 @@ def cross_fit(
     """A regression and a constant for each fold, fitted to the rows of the other folds.
 
     Args:
-        inputs: of the rows.
+        inputs: the inputs of the rows.
         labels: ``[B]`` 0 or 1.
         row_weights: ``[B]``.
         weights: ``[W]`` of the regression on all rows, from which each fit starts.

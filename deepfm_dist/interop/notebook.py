@@ -48,8 +48,8 @@ class NotebookWeights:
         """Parses a state dict.
 
         Args:
-            state: of a module with ``bias``, ``fc`` and ``embedding`` (``nn.Embedding``) and
-                ``mlp_layers`` (``nn.Sequential`` of linear layers and modules without weights).
+            state: the state of a module with ``bias``, ``fc`` and ``embedding`` (``nn.Embedding``)
+                and ``mlp_layers`` (``nn.Sequential`` of linear layers and modules without weights).
 
         Raises:
             DataError: a key is missing or unknown, a shape does not fit the others, or a weight is

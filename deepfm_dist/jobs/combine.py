@@ -23,7 +23,7 @@ class EaseColumns:
     """EASE as further columns of the factors.
 
     Attributes:
-        weight: of its scores next to the models' logits.
+        weight: the weight of its scores next to the models' logits.
         columns: number of columns.
         l2: L2 regularisation.
         field_weight: each value of an item's field counts as this many users with all of its items.
@@ -67,10 +67,10 @@ def combine(
 
     Args:
         config: the settings.
-        run_names: of the runs to combine.
-        new_name: of the new run; or its folder, as ``./NAME``, ``/FOLDER/NAME`` or a URL.
+        run_names: names of the runs to combine.
+        new_name: name of the new run; or its folder, as ``./NAME``, ``/FOLDER/NAME`` or a URL.
         ease: EASE's part, or None.
-        overrides: of the command line.
+        overrides: the overrides of the command line.
 
     Returns:
         The new run on rank 0; None elsewhere.

@@ -75,7 +75,7 @@ class Mean:
 
     Attributes:
         model: with its weights.
-        optimizer: of the model.
+        optimizer: the optimizer of the model.
         steps: that each of the models was trained for.
         text: what was used, with figures.
     """
@@ -106,8 +106,8 @@ class CrossFitting:
         """Trains the models and puts them together; None: a signal stopped it.
 
         Args:
-            best_step: of the training loop. Each model takes as many steps, and at least
-                `STEPS_TO_BEST`, but no more than the loop may: shares are chosen afterwards.
+            best_step: the best step of the training loop. Each model takes as many steps, and at
+                least `STEPS_TO_BEST`, but no more than the loop may: shares are chosen afterwards.
         """
         config, world, columns = self.config, self.world, self._columns()
         rows, kinds, steps = Rows.of(columns), kinds_of(config), self._steps(best_step)
@@ -268,7 +268,7 @@ def _apply(
         wide: the sum of the models, each times 1 / `FOLDS`.
         means: first-order weights of each kind of model and, last, of the regression: means over
             the folds.
-        shares: of the regression, and of what each kind of model adds.
+        shares: the shares of the regression, and of what each kind of model adds.
         constant: log-odds that the rest of the regression is.
     """
     arch, (of_start, *of_kinds) = deepfm_of(wide).interaction_arch, shares

@@ -41,7 +41,7 @@ class Evaluation:
         split: valid or test.
         composition: description of its rows.
         rows: figures on them.
-        comparison: of rankings; None if rows have labels.
+        comparison: the comparison of rankings; None if rows have labels.
         verdicts: assessments in words.
         metrics_log: the file with the figures; None if it could not be written.
         report: the HTML report; None if it could not be written.

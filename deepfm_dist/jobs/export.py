@@ -54,7 +54,7 @@ class Export:
     """An exported model.
 
     Attributes:
-        folder: of its files.
+        folder: the folder of its files.
         n_tensors: number of tensors, including the tables.
         n_tables: number of embedding tables.
     """
@@ -107,7 +107,7 @@ class GraphExport:
     """An exported scoring graph.
 
     Attributes:
-        file: of the graph.
+        file: the file of the graph.
         n_inputs: number of its inputs.
         tables_bytes: bytes of its tables.
         difference: largest `interop.graph.difference` of its logits from the model's, on
@@ -131,9 +131,9 @@ def export_graph(
 
     Args:
         config: the settings.
-        overrides: of the command line.
+        overrides: the overrides of the command line.
         kind: onnx or aoti.
-        precision: of the tables.
+        precision: the precision of the tables.
         folder: the target; an earlier export there is replaced; None: ``export-<kind>`` of the run.
 
     Raises:

@@ -128,8 +128,8 @@ class Finish:
     Attributes:
         config: the settings.
         world: the ranks.
-        dataset: of the run.
-        state: of the loop, which is over.
+        dataset: the dataset of the run.
+        state: the state of the loop, which is over.
         choices: what was chosen from the data.
         asked_to_stop: whether this process was asked to stop.
     """
@@ -315,7 +315,7 @@ class Finish:
 
         Args:
             later: the dataset.
-            best_step: of the loop.
+            best_step: the best step of the loop.
             is_logged: whether to log figures in the run's folder.
 
         Returns:

@@ -130,7 +130,7 @@ def blend(
         config: the settings.
         dataset: the data.
         world: the ranks.
-        best_step: of the best checkpoint of the training loop.
+        best_step: step of the best checkpoint of the training loop.
 
     Returns:
         The model, its optimizer, and the shares in words, with figures.
@@ -163,7 +163,7 @@ def _shares(scored: Sequence[ScoredRows | None], log_odds: float) -> tuple[list[
     Args:
         scored: the same rows scored by the start, by the start plus the FM, and by the trained
             model.
-        log_odds: of the constant to compare with.
+        log_odds: log-odds of the constant to compare with.
     """
     rows = [each for each in scored if each is not None]
     labels, weights = rows[0].labels, rows[0].weights
@@ -193,8 +193,8 @@ def _apply(
 
     Args:
         model: the trained one.
-        start_weights: from `first_order_weights`.
-        shares: of the FM and, with an over-arch, of its output.
+        start_weights: the result of `_first_order_weights`.
+        shares: the shares of the FM and, with an over-arch, of its output.
     """
     arch = deepfm_of(model).interaction_arch
     for weights, start in zip(first_order_weights(model), start_weights, strict=True):

@@ -35,7 +35,7 @@ def import_weights(
     """Prepares the data if necessary, and saves a notebook's weights as a checkpoint. All ranks.
 
     Args:
-        config: of the new run.
+        config: the configuration of the new run.
         file: state dict written by ``torch.save``.
         id_files: by field, a file of its ids in the notebook's order.
         fields: names in the notebook's order, comma-separated; None: as in ``data.features``.

@@ -29,12 +29,12 @@ def save_new_run(
     """Saves a model as the only checkpoint of a run; training can resume from it. All ranks.
 
     Args:
-        config: of the run.
-        manifest: of its data.
+        config: the configuration of the run.
+        manifest: the manifest of its data.
         world: the ranks.
         sharded: the model.
-        optimizer: in its initial state.
-        step: of the checkpoint.
+        optimizer: the optimizer in its initial state.
+        step: the step of the checkpoint.
         more: entries that replace those of a new run in the checkpoint's marker.
 
     Returns:

@@ -68,8 +68,8 @@ class Night:
         day: day of the new log, as ``YYYY-MM-DD``.
         previous: day of the previous model in use; None if there was none.
         metric: the deciding figure.
-        figure: of the new model, on the day's held-out rows.
-        previous_figure: of the previous model, on the same rows.
+        figure: the figure of the new model, on the day's held-out rows.
+        previous_figure: the figure of the previous model, on the same rows.
         promoted: whether the new model was promoted.
         report: the new model's report.
     """
@@ -185,7 +185,7 @@ def nightly(config: Config, day: date) -> Night | None:
 
     Args:
         config: the settings, with places for the day in the names of files.
-        day: of the new log.
+        day: the day of the new log.
 
     Returns:
         The record on rank 0; None elsewhere, or if a signal stopped it: rerun the same command to
@@ -431,8 +431,8 @@ def is_no_worse(figure: float, previous: float | None, tolerance: float, metric:
     """Whether a model is promoted.
 
     Args:
-        figure: of the new model.
-        previous: of the model in use, if any.
+        figure: the figure of the new model.
+        previous: the figure of the model in use, if any.
         tolerance: share of the previous figure by which the new one may be worse.
         metric: its name, which determines whether lower is better.
     """

@@ -52,7 +52,7 @@ def predict(
         config: the settings.
         source: path or URL of the file.
         target: the parquet file to write; None: ``predictions.parquet`` of the run.
-        overrides: of the command line.
+        overrides: the overrides of the command line.
         parts: a folder or URL for Parquet parts instead; each rank writes its own.
 
     Returns:

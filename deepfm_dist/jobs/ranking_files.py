@@ -54,7 +54,7 @@ class RankingJob:
         world: the ranks.
         trained: the run's model.
         folder: where the results go.
-        name: of the results, without suffix; this process holds their lock.
+        name: the name of the results, without suffix; this process holds their lock.
         in_parts: whether to write a folder of parts instead of one file.
     """
 

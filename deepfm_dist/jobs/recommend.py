@@ -31,7 +31,7 @@ def recommend(
 
     Args:
         config: the settings.
-        overrides: of the command line.
+        overrides: the overrides of the command line.
         output: the parquet file; None: in the run's folder, see `LoadedModel.output`.
         parts: a folder or URL for Parquet parts instead; each rank writes its own.
 

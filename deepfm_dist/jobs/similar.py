@@ -19,7 +19,7 @@ def similar(
 
     Args:
         config: the settings.
-        overrides: of the command line.
+        overrides: the overrides of the command line.
         output: the parquet file; None: in the run's folder, see `LoadedModel.output`.
         parts: a folder or URL for Parquet parts instead; each rank writes its own.
 

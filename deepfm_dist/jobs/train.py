@@ -60,7 +60,7 @@ class Trained:
     """The result of training.
 
     Attributes:
-        state: of the loop.
+        state: the state of the loop.
         stopped: whether a signal ended it early; the same command resumes it.
     """
 
@@ -213,7 +213,7 @@ class _Run:
         dataset: the data.
         sharded: the model.
         optimizer: its optimizer.
-        state: of the loop; updated by training.
+        state: the state of the loop; updated by training.
         choices: what was chosen from the data.
     """
 

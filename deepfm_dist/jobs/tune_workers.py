@@ -34,7 +34,7 @@ def tune_by_workers(
 
     Args:
         config: the settings.
-        arguments: of each worker's command line.
+        arguments: the arguments of each worker's command line.
         n_workers: number of workers on this machine.
         n_ranks: number of processes per trial; torchrun starts them if there are several.
 
@@ -70,7 +70,7 @@ class Worker:
     """A process that is restarted if it is killed.
 
     Attributes:
-        number: of the worker, from 0.
+        number: the number of the worker, from 0.
         command: what to start.
         environment: variables of the process.
         output: file for its output.

@@ -401,7 +401,7 @@ class InteractionArch(nn.Module):
         model does.
 
         Args:
-            weights: of the T targets.
+            weights: the weights of the T targets.
         """
         whole = copy(self)
         whole._parameters, whole._modules = self._parameters.copy(), self._modules.copy()
@@ -418,7 +418,7 @@ class InteractionArch(nn.Module):
         """Initialises the model to predict the same for all rows, up to the size of its vectors.
 
         Args:
-            logits: of the targets.
+            logits: the logits of the targets.
         """
         self.bias.copy_(torch.tensor(logits))
         if isinstance(self.over_arch, OverArch | MLPTowers):
@@ -561,7 +561,7 @@ def build_deepfm(
         init_std: standard deviation of the numeric and vector fields' parameters (tables are filled
             elsewhere).
         pooling: see `EmbeddingArch`.
-        device: of the tables; ``meta`` before sharding.
+        device: the device of the tables; ``meta`` before sharding.
         half: whether tables are in float16.
         is_item_field: see `FactorizationMachine`; categorical fields first, then numeric ones, then
             vectors.

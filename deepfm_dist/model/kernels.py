@@ -159,7 +159,7 @@ def _multiply(
     Args:
         out: ``[n, BLOCK]``.
         weights: ``[n, m]``, flat.
-        strides: of its rows and columns.
+        strides: the strides of its rows and columns.
         inputs: ``[m, BLOCK]``.
         floor: 0 for ReLU, or ``-inf``.
     """
@@ -223,7 +223,7 @@ def _repack(source: FloatArray, sizes: Int64Array, target: FloatArray, into: boo
 
     Args:
         source: the parameters of all layers, flat.
-        sizes: as in `MLPState`.
+        sizes: the sizes, as in `MLPState`.
         target: the matrices, flat.
         into: False: copies them back, from ``target``.
     """
@@ -262,7 +262,7 @@ def dropout_mask(
 
     Args:
         numbers: ``[B]`` of the rows.
-        key: of this step; 64 bits.
+        key: the key of this step; 64 bits.
         first_unit: number of the first unit.
         n_units: number of units.
         dropout: probability of dropping a unit.
@@ -305,7 +305,7 @@ def _drop(
         first_unit: number of the first unit.
         rows: ``[BLOCK]`` the rows' words.
         dropout: the probability.
-        scale: of the units that are kept.
+        scale: the scale of the units that are kept.
     """
     bound = np.uint32(_drop_below(dropout))
     for j in range(len(units)):
@@ -343,7 +343,8 @@ def mlp(
         parameters: weights ``[out, in]`` and biases ``[out]`` of each hidden layer in turn, then
             those of the output, flat.
         dropout: probability of dropping a hidden unit; the others are scaled to the same mean.
-        key: of this step, as `dropout_mask` takes it; the hidden units are numbered layer by layer.
+        key: the key of this step, as `dropout_mask` takes it; the hidden units are numbered layer
+            by layer.
         first: number of the first row.
 
     Returns:

@@ -55,7 +55,7 @@ class CatalogueLoss(nn.Module):
 
     Args:
         kind: softmax or bpr.
-        scorer: of pairs; its weights belong to the model, not to this module.
+        scorer: the scorer of pairs; its weights belong to the model, not to this module.
         gather: concatenates the ranks' tensors in rank order, differentiably; default: a single
             process.
     """

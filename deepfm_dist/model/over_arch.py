@@ -65,7 +65,8 @@ class OverArch(nn.Module):
         batch_norm: normalise each hidden layer before its activation. These layers have no bias:
             subtracting the mean cancels it, and Adam would follow its gradient, pure rounding error
             that depends on the number of ranks.
-        init: of the weights: uniform is PyTorch's default; xavier_normal has zero biases.
+        init: distribution of the weights: uniform is PyTorch's default; xavier_normal has zero
+            biases.
         gather: concatenates the ranks' tensors, differentiably; for batch norm.
         has_output: whether there is a linear output layer; otherwise the last hidden layer is the
             result.
@@ -190,8 +191,8 @@ def biases_before_norm(names: Collection[str], prefix: str = "") -> dict[str, st
     """Biases before batch norm in an `OverArch` of an earlier version.
 
     Args:
-        names: of a state's tensors.
-        prefix: of the over-arch's names.
+        names: the names of a state's tensors.
+        prefix: the prefix of the over-arch's names.
 
     Returns:
         For each such bias, the running mean to fold it into.

@@ -116,7 +116,7 @@ class Fields:
                 it describes the item (otherwise the user or the context).
             n_categorical: number of categorical fields.
             arch: everything above the tables.
-            device: of the model.
+            device: the device of the model.
         """
         user, item = (
             cls.at(
@@ -146,7 +146,7 @@ def side_of(
         fields: the side's.
         rows_nfW: ``[n, f, W]`` looked-up rows of its categorical fields.
         dense_nN: ``[n, n_dense + sum of lengths]`` all numeric fields and vectors.
-        first_layer: of the over-arch; None if it cannot be split.
+        first_layer: the first layer of the over-arch; None if it cannot be split.
         with_bias: whether to include the biases of the model and of the first layer.
     """
     kind, dim = rows_nfW.dtype, arch.embedding_dim

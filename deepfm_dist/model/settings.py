@@ -56,8 +56,8 @@ class ModelConfig(Section):
     over_arch_layer_sizes: tuple[int, ...] = (400, 400, 400)
     """Hidden layers of the MLP."""
     shared_layers: int = Field(0, ge=0)
-    """Of several targets (``data.interactions.labels``): how many of the MLP's hidden layers they
-    share, from below; each has the others for itself. 0: only the embeddings are shared."""
+    """With several targets (``data.interactions.labels``): number of the MLP's lowest hidden layers
+    that all targets share. Each has its own upper layers. 0: only the embeddings are shared."""
     activation: Literal["relu", "gelu", "tanh", "sigmoid"] = "relu"
     """Activation of the MLP."""
     dropout: float = Field(0.0, ge=0, lt=1)

@@ -23,7 +23,8 @@ class Transfer:
         fields: indices of the common fields among all, categorical ones first.
         numeric: indices of the common numeric fields among the numeric ones.
         n_fields: number of fields of the trained model.
-        first_layers: of the over-arch, with columns by field; empty without an over-arch.
+        first_layers: first layers of the over-arch, with columns by field; empty without an
+            over-arch.
     """
 
     tables: frozenset[str]
@@ -71,7 +72,7 @@ class Transfer:
         """How a parameter is transferred field by field.
 
         Args:
-            name: of the parameter.
+            name: the name of the parameter.
             columns: last dimension of the trained parameter.
 
         Returns:

@@ -41,8 +41,8 @@ class Baseline(Protocol):
         """A variant of the baseline that fits into memory.
 
         Args:
-            n_items: of the catalogue.
-            room_bytes: of memory.
+            n_items: number of items in the catalogue.
+            room_bytes: available memory.
 
         Returns:
             The variant, and a suffix for its name in tables; empty if it is unchanged.
@@ -177,7 +177,7 @@ class Ials(AnySize):
 
     Attributes:
         config: its settings.
-        seed: of the initial vectors.
+        seed: the seed of the initial vectors.
 
     Source: Hu, Koren, Volinsky, "Collaborative Filtering for Implicit Feedback Datasets", 2008.
     """

@@ -44,13 +44,13 @@ def rank_users(
     """This rank's users' best K items. All ranks.
 
     Args:
-        ranker: of the catalogue.
+        ranker: the ranker of the catalogue.
         n_users: number of users.
         seen: their masked positions.
         k: K.
         world: the ranks.
         chunks: numbers of chunks of `users_per_chunk` users, the same on all ranks; default: all.
-        description: of the progress bar.
+        description: the description of the progress bar.
 
     Yields:
         A chunk of users at a time, in order; rank 0's users first.
@@ -78,11 +78,11 @@ def deal_chunks(
     """(first, last + 1) of this rank's chunks; padded with empty ones to the same number per rank.
 
     Args:
-        n_users: of all ranks.
-        n_items: in the catalogue, for the pairs per second that rank 0 reports.
+        n_users: number of users on all ranks.
+        n_items: number of items in the catalogue, for the pairs per second that rank 0 reports.
         world: the ranks.
         chunks: numbers of the chunks; default: all.
-        description: of the progress bar.
+        description: the description of the progress bar.
     """
     mine = _my_chunks(n_users, world, chunks)
     total = sum(end - begin for begin, end in mine) * n_items

@@ -301,7 +301,7 @@ def evaluate_ranking(
         world: the ranks.
         held_out: users and items to measure on.
         cutoffs: values of K.
-        baselines: by name; fitted here on the training positives.
+        baselines: the baselines, by name; fitted here on the training positives.
         reference: path or URL of a parquet file ``user, item, score`` with another system's scores.
         steering: settings of an additional ranking by the model, `STEERED`, if they change it.
 

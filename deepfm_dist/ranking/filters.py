@@ -29,7 +29,7 @@ class Condition(NamedTuple):
     Attributes:
         field: name of an item field.
         is_equal: whether items with the value are kept; otherwise those without it.
-        value: as in the input files.
+        value: the value, as in the input files.
     """
 
     field: str

@@ -33,7 +33,7 @@ def cold_items_to_rank(
     Args:
         wanted: ``recommend.cold_items``.
         id_dropout: ``data.id_dropout`` that the model was trained with.
-        manifest: of the dataset.
+        manifest: the manifest of the dataset.
 
     Raises:
         ConfigError: only cold items are ranked, and the data has none.

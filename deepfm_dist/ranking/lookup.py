@@ -78,10 +78,10 @@ class SideEncoder:
         Args:
             rows: see `user_batch`, also for the other arguments.
             block: number of users per block.
-            histories: of users from outside the dataset.
-            attributes: of these users.
-            context: of some rows.
-            context_rows: of each user.
+            histories: the histories of users from outside the dataset.
+            attributes: the attributes of these users.
+            context: the context of some rows.
+            context_rows: the row of each user's context.
         """
         batch = self.user_batch(rows, histories, attributes, context, context_rows)
         return self.user_sides(batch, block)

@@ -58,7 +58,7 @@ def read_new_users(dataset: PreparedDataset, path: Path) -> NewUsers:
 
     Args:
         dataset: the prepared dataset.
-        path: of any format that preparation reads.
+        path: a file in any format that preparation reads.
 
     Returns:
         The users with a known positive item or a value of a field.
@@ -116,8 +116,8 @@ class _Described:
     """The users of a file with values of user fields.
 
     Attributes:
-        fields: of the model.
-        columns: of these fields that the file has.
+        fields: the fields of the model.
+        columns: the columns of these fields that the file has.
         table: ``user`` and these columns.
     """
 
@@ -195,7 +195,7 @@ def _read_items(dataset: PreparedDataset, path: Path, are_described: bool) -> pa
 
     Args:
         dataset: the prepared dataset.
-        path: of the file.
+        path: the path of the file.
         are_described: whether it has columns of users' fields, so that rows may have no item.
     """
     columns = _columns(dataset, path)

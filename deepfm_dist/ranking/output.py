@@ -192,7 +192,8 @@ class ResumableOutput:
                 I]`` logits.
             users: ``[U]`` external ids.
             items: ``[I]`` external ids by position.
-            kind: of a score: logits in fp32 or fp16, or probabilities in units of 1/127 in int8.
+            kind: the kind of a score: logits in fp32 or fp16, or probabilities in units of 1/127 in
+                int8.
         """
         user_ids = external(users)
         cell = _CELLS[kind]

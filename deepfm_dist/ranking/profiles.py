@@ -118,8 +118,8 @@ def examples(
     Args:
         users: ``[U]`` rows of the user table.
         ranked: ``[U, K]`` item rows, best first; negative ones are empty places.
-        history: of every row of the user table.
-        relevant: of the U users.
+        history: the history of every row of the user table.
+        relevant: relevant items of the U users.
     """
     by_activity = np.argsort(history.lengths[users], kind="stable")
     places = np.linspace(0, max(len(users) - 1, 0), min(EXAMPLES, len(users)))
@@ -145,7 +145,7 @@ class Insight:
     """Details behind a comparison's figures.
 
     Attributes:
-        profiles: by ranking.
+        profiles: the profiles, by ranking.
         n_users: number of users ranked for.
         activity: bounds of their groups by training positives.
         n_held_out: number of held-out items.

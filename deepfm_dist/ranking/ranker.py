@@ -102,10 +102,10 @@ class ModelRanker:
     """Ranks by the model's logits. All ranks.
 
     Attributes:
-        encoder: of users and items.
+        encoder: the encoder of users and items.
         engine: scores and ranks.
-        items: of the catalogue.
-        users: to rank for.
+        items: the items of the catalogue.
+        users: the users to rank for.
         candidates: number of items per user to score in full, the best without the over-arch; None:
             all.
         index: finds the candidates; None: by scoring all items without the over-arch.
@@ -139,10 +139,10 @@ class ModelRanker:
             world: the ranks.
             dataset: the prepared dataset.
             catalogue: its items.
-            users: to rank for.
+            users: the users to rank for.
             context: one row of context fields.
             memory_bytes: limit of the item side on a rank; see `ItemStore`.
-            precision: of the over-arch's products on CUDA.
+            precision: the precision of the over-arch's products on CUDA.
             penalties: by item row, subtracted from scores; None: nothing.
         """
         encoder = SideEncoder(model, world, dataset, context, penalties)

@@ -49,9 +49,9 @@ class Reason:
 
     Attributes:
         field: name of the field.
-        value: as in the input files; for a history, the item; None for numbers, vectors, hashed
-            values, and values unknown to training.
-        share: of the logit.
+        value: the value, as in the input files; for a history, the item; None for numbers, vectors,
+            hashed values, and values unknown to training.
+        share: the share of the logit.
         item: row of the item that the value names; None if it is not an item.
     """
 
@@ -137,7 +137,7 @@ class Explainer:
     proposition 1.
 
     Args:
-        ranker: of the model.
+        ranker: the ranker of the model.
         dataset: the prepared dataset.
     """
 
@@ -204,7 +204,7 @@ class Explainer:
         Args:
             user: values of the user.
             items: values of the item of each pair.
-            weights_PFW: of `_weights`.
+            weights_PFW: the result of `_weights`.
             rows: ``[P]`` item rows of the pairs.
             most: reasons of each.
         """
@@ -327,8 +327,8 @@ class ExplainingRanker:
 
     Args:
         ranker: ranks.
-        model_ranker: of the same users.
-        explainer: of the model.
+        model_ranker: the ranker of the same users.
+        explainer: the explainer of the model.
         rows: ``[I]`` item rows by position.
         most: maximum number of reasons per item.
         wanted: ``[users]`` number of items to explain; None: all ranked items.

@@ -83,8 +83,9 @@ def recommend(
         dataset: the prepared dataset.
         config: what to recommend to whom.
         folder: where the files go.
-        checkpoint: of the weights; an interrupted command is resumed if they have not changed.
-        name: of the files, without suffix. The matrix is called ``score_matrix`` plus what
+        checkpoint: the checkpoint of the weights; an interrupted command is resumed if they have
+            not changed.
+        name: the name of the files, without suffix. The matrix is called ``score_matrix`` plus what
             follows ``recommendations`` in the name, or plus the name.
         in_parts: whether to keep each rank's parts, in a folder of that name.
         rate: rate of drawn negatives, to correct probabilities; None: no correction.
@@ -176,7 +177,7 @@ class _SelectedUsers:
     """The users to recommend for.
 
     Attributes:
-        users: in ranking order.
+        users: the users, in ranking order.
         ids: their external ids, or those of their requests.
         masked: lists of items not to recommend, each with the users' rows in it.
         rate: rate at which training draws their pairs as negatives, by index in ``users``; None: it

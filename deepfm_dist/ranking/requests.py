@@ -87,7 +87,7 @@ class BadFilter(ConfigError):
     """A filter that cannot be used.
 
     Args:
-        place: of its request.
+        place: the place of its request.
         problem: description of the error.
     """
 
@@ -105,7 +105,7 @@ def item_sets(
     """The items that each of n requests may get; equal requests share a set.
 
     Args:
-        filters: of the catalogue.
+        filters: the filters of the catalogue.
         catalogue: the items that can be recommended.
         where: a filter for each; None: no filter.
         allow: item rows for each; None: no list.
@@ -151,7 +151,7 @@ def read_requests(
     Args:
         dataset: the prepared dataset.
         catalogue: the items that can be recommended.
-        path: of any format that preparation reads.
+        path: a file in any format that preparation reads.
         config: ``k`` and ``context`` for requests without their own.
 
     Returns:
@@ -342,8 +342,8 @@ class _Reader:
         """Item rows of a column of lists; empty without one.
 
         Args:
-            table: of requests.
-            name: of the column.
+            table: the table of requests.
+            name: the name of the column.
             count: whether to log the number of unknown ids; default: yes, except for users' items.
         """
         if name not in table.column_names:

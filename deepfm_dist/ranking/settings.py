@@ -12,7 +12,7 @@ from deepfm_dist.storage import LocalPath
 Id = Annotated[str, Field(coerce_numbers_to_str=True)]
 """An id or a value, as files have it."""
 _LARGEST_WEIGHT = 1e6
-"""Of a target: logits times it are far from the largest float32."""
+"""Largest weight of a target: logits times it are far below the largest float32."""
 
 
 BaselineName = Literal["popularity", "item_knn", "ease", "ials"]
@@ -152,7 +152,7 @@ class RecommendConfig(Section):
     """Precision of the over-arch's products on CUDA: ``tf32`` rounds factors to 11
     bits, ``bf16`` to 8; a CPU computes in fp32."""
     targets: dict[str, float] = Field(default_factory=dict)
-    """Of several targets (``data.interactions.labels``): what items are ranked by, the sum of the
+    """With several targets (``data.interactions.labels``): items are ranked by the sum of the
     targets' logits times these weights: ``{click: 0.3, buy: 1}``. Targets that are not named do not
     count. Default: 1 for each."""
     probability: bool = False

@@ -86,8 +86,9 @@ def similar_items(
         dataset: the prepared dataset.
         config: number of items and measure.
         folder: where the files go.
-        checkpoint: of the weights; an interrupted command is resumed if they have not changed.
-        name: of the files, without suffix.
+        checkpoint: the checkpoint of the weights; an interrupted command is resumed if they have
+            not changed.
+        name: the name of the files, without suffix.
         in_parts: whether to keep each rank's parts, in a folder of that name.
         cold_items: how to treat items without training rows.
 

@@ -94,7 +94,7 @@ class Reranking:
     Attributes:
         vectors: ``[I, D]`` float32 of unit length, by position.
         diversity: weight of the cosines, in [0, 1].
-        limits: for some values.
+        limits: the limits of some values.
         first: N.
     """
 

@@ -54,7 +54,7 @@ class _Group:
         members: their indices in the chunk.
         users: prepared by the engine.
         best: their best items so far.
-        number: of their common set.
+        number: the number of their common set.
         seen: their masked indices in the set.
         candidates: ``[n, N]`` positions of each user's
             own items, ascending, without seen ones, `NO_ITEM` first; None: they have a common set.
@@ -75,8 +75,8 @@ class SubsetRanker:
     runs as over the whole catalogue, with bit-identical scores.
 
     Args:
-        ranker: of the catalogue.
-        sets: of its users.
+        ranker: the ranker of the catalogue.
+        sets: the sets of its users.
     """
 
     def __init__(self, ranker: ModelRanker, sets: ItemSets) -> None:
@@ -127,7 +127,7 @@ class SubsetRanker:
 
         Args:
             group: the users.
-            items: of the block.
+            items: the items of the block.
             begin: position of the first.
             end: after the last.
         """
@@ -161,7 +161,7 @@ class SubsetRanker:
         """The other users of a chunk, whose items are picked pair by pair.
 
         Args:
-            numbers: of the users' sets.
+            numbers: the numbers of the users' sets.
             side: the users.
             seen: their masked positions.
             k: K.
@@ -189,7 +189,7 @@ class SubsetRanker:
 
         Args:
             few: indices of users.
-            numbers: of the sets of all users.
+            numbers: the numbers of the sets of all users.
             seen: masked positions of all users.
         """
         members = np.concatenate([np.zeros(0, np.int64), *few])

@@ -40,7 +40,7 @@ class Engine(Protocol):
     """Ranks items for users, both prepared by it.
 
     Attributes:
-        name: of the engine.
+        name: the name of the engine.
         work_bytes: working memory per item of a block, besides the item itself.
     """
 

@@ -16,7 +16,7 @@ class Trend:
         kind: improving: the last validation is the best, notably better than the one before;
             worsened: it is notably worse than the best; flat: neither.
         best: (step, value) of the best validation.
-        last: of the last one.
+        last: (step, value) of the last validation.
     """
 
     kind: Literal["improving", "worsened", "flat"]

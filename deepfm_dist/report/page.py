@@ -67,9 +67,9 @@ class Line:
     """A row of a table of rankings.
 
     Attributes:
-        name: of the ranking or of the comparison.
+        name: the name of the ranking or of the comparison.
         kind: model, other, or difference: the model minus the ranking above.
-        cells: by figure.
+        cells: the cells, by figure.
     """
 
     name: str
@@ -101,7 +101,7 @@ class Report:
     """The contents of a run's page.
 
     Attributes:
-        folder: of the run, with its ``plan.json``.
+        folder: the folder of the run, with its ``plan.json``.
         config_yaml: the effective settings.
         checkpoint: the measured one.
         dataset: the prepared dataset.
@@ -110,9 +110,9 @@ class Report:
         rows: figures on the rows of the split.
         unknown: counts of values unknown to training.
         calibrations: on these rows, by target; the key of a single target is "".
-        comparison: of rankings, if any.
+        comparison: the comparison of rankings, if any.
         cutoffs: values of K.
-        events: of the run's log.
+        events: the events of the run's log.
         verdicts: shown at the top.
         chosen: settings that were chosen from the data.
         is_validation_known: whether the users' validation items are in their histories.

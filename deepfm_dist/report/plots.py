@@ -59,7 +59,7 @@ class Plot:
     """A picture with its caption.
 
     Attributes:
-        name: of the picture, unique on a page.
+        name: the name of the picture, unique on a page.
         title: what it shows.
         caption: how to read it.
         svg: the picture.
@@ -75,7 +75,7 @@ class Colours:
     """A ranking has one colour on all plots.
 
     Args:
-        names: of the rankings, the model's first.
+        names: the names of the rankings, the model's first.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -107,8 +107,8 @@ class Plotter:
 
         Args:
             figure: its name.
-            title: of the plot.
-            caption: of the plot.
+            title: the title of the plot.
+            caption: the caption of the plot.
             train: (step, value) on training rows.
             valid: (step, value) on validation rows.
         """

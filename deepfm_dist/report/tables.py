@@ -32,9 +32,9 @@ def metrics_table(
     Args:
         split: valid or test.
         rows: figures on its rows.
-        comparison: of rankings, if any.
+        comparison: the comparison of rankings, if any.
         cutoffs: values of K.
-        composition: of the rows, see `Manifest.composition`.
+        composition: the composition of the rows, see `Manifest.composition`.
     """
     figures = pd.Series(dict(rows)).map("{:.4f}".format)
     title = f"{split} rows: {composition}" if composition else f"{split} rows"

@@ -50,7 +50,7 @@ def ranking_verdicts(comparison: Comparison, k: int, advice: str = "") -> list[V
     at 0 does not exclude it.
 
     Args:
-        comparison: of rankings.
+        comparison: the comparison of rankings.
         k: the cut-off.
         advice: what to try if a baseline is better; not given for another system's scores.
     """
@@ -98,7 +98,7 @@ def ranking_advice(settings: Mapping[str, Any]) -> str:
     """What to try for better rankings.
 
     Args:
-        settings: of the run, as checkpoints hold them.
+        settings: the settings of the run, as checkpoints hold them.
     """
     steps = []
     features = settings.get("data", {}).get("features", [])
@@ -220,8 +220,8 @@ def training_verdicts(
     """Whether training was too long or too short, and whether another checkpoint is better.
 
     Args:
-        validations: in order.
-        step: of the measured checkpoint.
+        validations: the validations, in order.
+        step: the step of the measured checkpoint.
         monitor: the figure to compare.
         trainer: its settings.
     """
@@ -283,12 +283,12 @@ def verdicts_on(
     """All verdicts on a model.
 
     Args:
-        state: of its checkpoint, from the marker.
-        validations: of its training.
+        state: the state of its checkpoint, from the marker.
+        validations: the validations, in order.
         rows: figures on the rows of the split.
         unknown: counts of values unknown to training.
         split: valid or test.
-        comparison: of rankings, if any.
+        comparison: the comparison of rankings, if any.
         k: the cut-off to compare rankings at.
     """
     settings = state["config"]

@@ -41,7 +41,7 @@ def before_replacing(config: Config, old: Manifest | None, new: Manifest) -> Pat
     """Protects the dataset that runs were trained on. Rank 0.
 
     Args:
-        config: of the command that prepares.
+        config: the configuration of the command that prepares.
         old: the manifest of the dataset about to be replaced; None if it cannot be read.
         new: its replacement.
 
@@ -85,7 +85,7 @@ def set_aside(config: Config, with_dataset: bool = False) -> Path:
     that `tune` keeps in the folder stays.
 
     Args:
-        config: of the new run.
+        config: the configuration of the new run.
         with_dataset: whether the caller will move the dataset to the matching name; otherwise both
             runs share it.
 

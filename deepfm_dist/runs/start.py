@@ -43,7 +43,7 @@ class Start:
 
     Attributes:
         saved: the checkpoint to read, or None.
-        state: of the loop.
+        state: the state of the loop.
         continues: whether the checkpoint is this run's own.
         is_over: whether nothing is left to train.
         chosen: what was chosen from the data when the run started, if it resumes.
@@ -106,8 +106,8 @@ def begin(config: Config, manifest: Manifest, last_step: int, is_complete: bool 
 
     Args:
         config: the settings.
-        manifest: of the data.
-        last_step: of the loop.
+        manifest: the manifest of the data.
+        last_step: the last step of the loop.
         is_complete: whether everything after the training loop is done, if the loop is over.
 
     Raises:
@@ -277,7 +277,8 @@ def _checkpoint_to_continue(config: Config, manifest: Manifest | None = None) ->
 
     Args:
         config: the settings.
-        manifest: of the data; None before they are prepared, when only settings are compared.
+        manifest: the manifest of the data; None before they are prepared, when only settings are
+            compared.
 
     Returns:
         The latest complete checkpoint; None if there is none, or if the run starts over.

@@ -112,7 +112,7 @@ class LoadedModel:
         overwrite the full one.
 
         Args:
-            name: of the default file.
+            name: the name of the default file.
             about: settings, by dotted name, that affect the result.
             given: the value of ``--output``.
 
@@ -134,7 +134,7 @@ def parquet_output(given: str, config: Config, *sources: str) -> Path:
 
     Args:
         given: its value.
-        config: of the run, whose input files must not be overwritten.
+        config: the configuration of the run, whose input files must not be overwritten.
         sources: other files that the command reads.
 
     Raises:
@@ -184,7 +184,7 @@ def open_trained(
 
     Args:
         config: the command's configuration: where the run and the prepared data are.
-        overrides: of the command line.
+        overrides: the overrides of the command line.
         world: the ranks.
         same_rows: see `find_run`.
         finished: see `find_run`.
@@ -257,7 +257,7 @@ def find_run(
 
     Args:
         config: the command's configuration: where the run and the prepared data are.
-        overrides: of the command line.
+        overrides: the overrides of the command line.
         same_rows: whether to refuse a dataset whose rows differ from those trained on; otherwise
             only warn.
         finished: which parts of a finished run may be used.
@@ -344,8 +344,8 @@ def negative_rate(
     """What a run's scores are corrected by to be pairs' log-odds. All ranks.
 
     Args:
-        dataset: of the run, as it was in training.
-        settings: of the run.
+        dataset: the dataset of the run, as it was in training.
+        settings: the settings of the run.
         score: a batch's logits.
         world: the ranks.
 

@@ -30,7 +30,7 @@ class PointerFollower:
         generations: load and serve models.
         load: loads the model of a run's folder, or of the command's settings for None.
         pointer: the file that names the run in use; None: the first model stays.
-        folder: of the service, for its status.
+        folder: the folder of the service, for its status.
     """
 
     def __init__(

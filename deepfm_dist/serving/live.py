@@ -63,7 +63,7 @@ class Scored(NamedTuple):
         score: logit or similarity.
         probability: that the user chooses it, corrected for drawn negatives; None: the model's
             scores are not log-odds.
-        explanation: of the score, if requested.
+        explanation: the explanation of the score, if requested.
     """
 
     card: Card
@@ -126,8 +126,8 @@ class Recommender:
         world: a world of one rank.
 
     Attributes:
-        name: of the run.
-        step: of the checkpoint.
+        name: the name of the run.
+        step: the step of the checkpoint.
         saved_at: when the checkpoint was saved, in seconds since 1970.
         knows_users_by_items: whether a user can be described by a list of items.
     """

@@ -51,7 +51,7 @@ class ModelInUse(Collector):
 
     Args:
         recommender: the model; None while it is loading.
-        folder: of the service, with its status; None for a single process.
+        folder: the folder of the service, with its status; None for a single process.
 
     Attributes:
         folder: see above.

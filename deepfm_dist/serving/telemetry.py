@@ -33,7 +33,7 @@ def share_figures(folder: Path, worker: str) -> None:
     """Keeps this process' metrics in files, so that every worker can report those of all.
 
     Args:
-        folder: of the service.
+        folder: the folder of the service.
         worker: distinguishes concurrent processes. A replacement of a dead process continues its
             metrics, so that the number of files is bounded.
     """
@@ -50,7 +50,7 @@ class Telemetry:
     Args:
         app: the application.
         model: the model in use.
-        registry: of Prometheus metrics.
+        registry: the registry of Prometheus metrics.
         logs_requests: whether each request is logged.
     """
 

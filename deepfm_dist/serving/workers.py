@@ -71,7 +71,7 @@ class WorkerOptions:
     Attributes:
         listening: the socket.
         hosts: see `make_app`.
-        folder: of the service, where its processes keep metrics and status.
+        folder: the folder of the service, where its processes keep metrics and status.
         n_workers: per generation.
         threads: per worker.
         logs_requests: whether each request is logged.
@@ -92,7 +92,7 @@ class Generation:
         number: distinguishes concurrent generations.
         load: loads the model; may return None, for workers that answer without one.
         n_workers: number of workers.
-        options: of all workers.
+        options: the options of all workers.
     """
 
     _lifelines: set[int] = set()  # noqa: RUF012  # children must not hold them open
@@ -312,7 +312,7 @@ class Generations:
     """The generations of a service: the one in use, and earlier ones that are retiring.
 
     Args:
-        options: of all workers.
+        options: the options of all workers.
     """
 
     def __init__(self, options: WorkerOptions) -> None:

@@ -47,10 +47,10 @@ def fit_to_activity(
 
     Args:
         rate: at which negatives are drawn.
-        dataset: of the training rows.
+        dataset: the dataset of the training rows.
         score: a batch's logits, in eval mode; collective where the model is sharded.
         world: the ranks.
-        seed: of the rows' order and of the negatives.
+        seed: the seed of the rows' order and of the negatives.
     """
     batches = TrainingBatches(dataset, BLOCK_ROWS, 0, 1, seed)
     n_blocks = min(MOST_BLOCKS, MOST_EPOCHS * batches.steps_per_epoch)

@@ -93,7 +93,7 @@ def _only_label(manifest: Manifest, split: str, target: str | None = None) -> in
     """The only label in a split; None if both occur or no row has a label.
 
     Args:
-        manifest: of the data.
+        manifest: the manifest of the data.
         split: train, valid or test.
         target: one of several.
     """

@@ -24,7 +24,7 @@ class TrainingFigures:
 
     Args:
         lifetime: sums over all earlier steps, as `lifetime` holds them.
-        target_weights: of several targets by name, as `metrics.with_means` takes them.
+        target_weights: weights of several targets by name, as `metrics.with_means` takes them.
     """
 
     def __init__(

@@ -160,8 +160,8 @@ def with_means(
     log loss divided by the mean log loss of always predicting the mean labels.
 
     Args:
-        figures: by target and name.
-        weights: by target.
+        figures: the figures, by target and name.
+        weights: the weights, by target.
         start: prefix of all names.
     """
     ne, log_loss = f"{start}ne", f"{start}log_loss"

@@ -62,7 +62,7 @@ def predict(
         files: layouts by name. A source without one is read like the interactions file, but may
             have a header if that has none.
         target: the parquet file to write.
-        rate: of drawn negatives, which ``probability`` is corrected for.
+        rate: the rate of drawn negatives, which ``probability`` is corrected for.
         log_odds: whether scores are log-odds; if not, ``probability`` is null.
 
     Returns:
@@ -190,11 +190,11 @@ class _RowsOfFile:
 
     Attributes:
         source: path or URL.
-        name: of the file, for messages.
+        name: the name of the file, for messages.
         layout: its columns and format.
         encoder: looks its values up.
         collate: makes batches of them.
-        rate: of the negatives drawn in training, if some are.
+        rate: the rate of the negatives drawn in training, if some are.
         log_odds: whether scores are log-odds.
     """
 

@@ -29,8 +29,8 @@ class Trial:
     """Settings to try.
 
     Attributes:
-        name: of the trial.
-        values: by setting.
+        name: the name of the trial.
+        values: the values, by setting.
         outcome: complete, pruned, failed, or None while it is open.
         best: best value of the watched figure; None if it was never finite.
     """
@@ -50,12 +50,12 @@ class Search:
         its process; the next process that asks takes it over, under the same name.
 
     Args:
-        folder: of the study's file; an existing study is resumed.
+        folder: the folder of the study's file; an existing study is resumed.
         config: what to vary, and whether a trial ends when its best figure so far is worse than the
             median of the earlier trials' at the same epoch; the first four trials, and the first
             epoch of each, are left alone.
         lower_is_better: whether a smaller monitored figure is better.
-        seed: of the suggestions.
+        seed: the seed of the suggestions.
         of: the other settings that trials share, as JSON values; trials that differ in them cannot
             be compared.
 

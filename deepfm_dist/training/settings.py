@@ -31,7 +31,7 @@ class TrainerConfig(Section):
     users, and each user's targets are compared with candidate items. auto: softmax where the rows
     are positives and nothing is set that belongs to single rows; else bce."""
     target_weights: dict[str, float] = Field(default_factory=dict)
-    """Of several targets (``data.interactions.labels``): the weight of each in the loss, which is
+    """With several targets (``data.interactions.labels``): the weight of each in the loss, which is
     the targets' weighted mean, and in figures without a target's name, such as ``log_loss``:
     ``{click: 1, buy: 2}``. Default: 1 for each."""
     batch_size: int = Field(8192, ge=1)

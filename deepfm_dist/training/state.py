@@ -129,7 +129,7 @@ class LoopState:
         """Refuses a monitored figure that is undefined on the validation rows.
 
         Args:
-            figures: of this validation.
+            figures: the figures of this validation.
             is_required: whether a setting asks for it; if not, a warning is logged at the first
                 validation.
             is_first: whether this is rank 0.
@@ -153,7 +153,7 @@ class LoopState:
         """Warns at the second validation in a row without a better monitored figure. Rank 0.
 
         Args:
-            figures: of this validation.
+            figures: the figures of this validation.
             per_epoch: steps per epoch.
         """
         if self.monitor is None or self.best is None or self.validations_since_best != WARN_AFTER:
@@ -174,7 +174,7 @@ class LoopState:
         """Logs which checkpoint of a finished run is the best one. Rank 0.
 
         Args:
-            figures: of the last validation.
+            figures: the figures of the last validation.
             per_epoch: steps per epoch.
             patience: validations without a better figure that end the run.
         """
@@ -232,7 +232,7 @@ class LoopState:
         """Compares the monitored figure with the best one so far; NaN and infinity never improve.
 
         Args:
-            figures: of this validation.
+            figures: the figures of this validation.
             trainer: defines what counts as an improvement and what happens without one.
         """
         if self.monitor is None:

@@ -106,8 +106,8 @@ class Trainer:
         batches: the global batches, sliced for this rank.
         world: the ranks.
         config: the settings.
-        seed: of dropout.
-        state: of the loop; changed in place.
+        seed: the seed of dropout.
+        state: the state of the loop; changed in place.
         metrics: where events are written.
         hooks: what the loop calls.
         target_weights: weights of several targets, by name, in their figures.
@@ -317,7 +317,7 @@ class Trainer:
         """Detaches the pipeline from the model and summarises the run.
 
         Args:
-            figures: of the last validation, if any.
+            figures: the figures of the last validation, if any.
         """
         self._pipeline.detach()
         world, patience = self._world, self._config.trainer.patience

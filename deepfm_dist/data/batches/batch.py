@@ -128,7 +128,7 @@ class UserBatch(_OnDevice):
     ranks exchange; rows of the targets may follow, one per target.
 
     Attributes:
-        sparse: as a `Batch`'s, of ``height`` rows.
+        sparse: sparse features, as a `Batch`'s, of ``height`` rows.
         dense: ``[height, n_dense + sum of dims]`` float32: numeric fields, then vectors.
         n_users: number of this rank's users, padding included.
         n_shared: candidates that this rank looks up.

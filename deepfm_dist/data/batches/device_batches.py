@@ -125,7 +125,7 @@ class _Drawn:
             rows: ``[m]`` int64: training rows.
             slots: ``[m]`` int64: 0 for the positive, k for its k-th negative.
             negative_users: ``[m]`` int64: users to draw negatives for.
-            epoch: from 0.
+            epoch: the epoch, counted from 0.
         """
         free = self._of_host.n_items - self._lengths[negative_users]
         words = mixed(rows ^ _signed(int(mix(np.uint64(self._of_host.seed_of(epoch))))))
@@ -148,7 +148,7 @@ class _Field:
 
     Attributes:
         lengths: ``[steps, rows]`` of the bags; None: one value each.
-        values: of all steps, concatenated.
+        values: the values of all steps, concatenated.
         ends: offsets of the steps in ``values``, and their end.
     """
 
@@ -164,7 +164,7 @@ class _Block:
     Attributes:
         first: global step of its first batch, from 1.
         steps: number of batches.
-        fields: in the manifest's order.
+        fields: the fields, in the manifest's order.
         lengths: ``[fields, steps, height]`` int32; None: one value everywhere.
         dense: ``[steps, height, n_dense]`` float32.
         rows: ``[steps, height]`` of the users and items whose vectors each step gathers; -1 for

@@ -32,7 +32,7 @@ def kept_in_bags(
         history: each user's distinct items.
         users: ``[m]`` rows of ``history``; negative ones have no items.
         keys: ``[m]`` seeds the draws of a row: the number of a training row, or a user.
-        seed: of an epoch's draws.
+        seed: the seed of an epoch's draws.
         dropout: probability that an item is left out, in [0, 1).
         max_length: maximum number of items in a bag.
         left_out: ``[m]`` an item of each row that is never kept.
@@ -75,8 +75,8 @@ def hold_out(dataset: PreparedDataset, share: float, draw: int = 0) -> PreparedD
 
     Args:
         dataset: the prepared dataset.
-        share: of the items that is held out.
-        draw: of several, with other items each.
+        share: share of the items to hold out.
+        draw: number of the draw, if there are several with different items.
     """
     history = dataset.training_history
     users = np.arange(len(history))
@@ -107,7 +107,7 @@ class HistorySampler:
 
         Args:
             users: ``[m]`` rows of the histories.
-            history: of others than the users of training.
+            history: items of other users than those of training.
         """
         history = self._history if history is None else history
         items = history.take(users)
@@ -128,7 +128,7 @@ class HistorySampler:
             targets: ``[m]`` the positive of each row, or the positive that a negative belongs to:
                 the missing item must not reveal the label.
             rows: ``[m]`` number of that positive among all training rows.
-            epoch: from 0.
+            epoch: the epoch, counted from 0.
         """
         flags = kept_in_bags(
             self._history,

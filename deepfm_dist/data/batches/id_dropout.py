@@ -28,8 +28,8 @@ class IdDropout:
     """Decides which ids a step replaces, the same at any world size.
 
     Attributes:
-        share: of the ids, in [0, 1).
-        seed: of the draws.
+        share: the share of the ids, in [0, 1).
+        seed: the seed of the draws.
     """
 
     share: float
@@ -48,7 +48,7 @@ class IdDropout:
         """Which ids a step replaces; None if the share is 0.
 
         Args:
-            step: from 1.
+            step: the step, counted from 1.
             numbers: by entity, ``[m]`` the number that the draw of each row depends on: for
                 labelled rows the position in the epoch's list, for users and candidates the table
                 row; None for an entity that the rows lack.

@@ -85,12 +85,12 @@ class Lanes:
 
     Args:
         files: opens the files of the prepared dataset.
-        manifest: of it.
+        manifest: the dataset's manifest.
         columns: which to read.
         copies: occurrences of each row: once, and once per negative.
         share: largest share of a batch that is requested at once, such as 1 / ranks.
         batch_size: rows of a batch over all ranks, counting copies.
-        seed: of the order.
+        seed: the seed of the order.
 
     Raises:
         DataError: a file is missing, damaged or has the wrong layout; `take` raises it, too.

@@ -70,7 +70,7 @@ class NegativeSampler:
             rows: ``[m]`` training rows.
             slots: ``[m]`` number of the negative of its row, from 1.
             negative_users: ``[m]`` users to draw negatives for.
-            epoch: from 0.
+            epoch: the epoch, counted from 0.
         """
         put_negatives(
             items,

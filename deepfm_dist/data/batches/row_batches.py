@@ -54,8 +54,8 @@ class TrainingBatches:
         batch_size: rows per step over all ranks.
         rank: this rank.
         world_size: number of ranks.
-        seed: of order and negatives.
-        threads: that prefetch batches; at most one for a streamed dataset.
+        seed: the seed of order and negatives.
+        threads: number of threads that prefetch batches; at most one for a streamed dataset.
         id_dropout: share of user and item ids that each step replaces by the unknown id.
         rows: columns of the rows to train on, in memory; default: the training rows.
 
@@ -202,7 +202,7 @@ class InMemoryRows:
     Args:
         columns: the rows' columns.
         copies: occurrences of each row: once, and once per negative.
-        seed: of the order.
+        seed: the seed of the order.
 
     Attributes:
         n: rows of an epoch, counting copies.

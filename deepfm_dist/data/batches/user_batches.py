@@ -50,9 +50,9 @@ class UserBatches:
         batch_size: users per step over all ranks.
         rank: this rank.
         world_size: number of ranks.
-        seed: of order, bags and candidates.
+        seed: the seed of order, bags and candidates.
         candidates: see `Candidates`.
-        threads: that prefetch batches.
+        threads: number of threads that prefetch batches.
         id_dropout: share of user and item ids that a step replaces by the unknown one.
 
     Raises:

@@ -93,7 +93,7 @@ class Record:
     """A piece of data passed between tasks and the driver.
 
     Attributes:
-        kind: of the data.
+        kind: the kind of the data.
         key: the partition, file or range of hashes that it belongs to.
         source: distinguishes objects of the same kind and key.
         piece: index among the pieces of an object.
@@ -426,8 +426,8 @@ class _Known:
     """The texts of all vocabularies but the users', in the order of their hashes.
 
     Attributes:
-        ids: by vocabulary.
-        hashes: of them.
+        ids: the ids, by vocabulary.
+        hashes: their hashes.
     """
 
     ids: dict[str, pa.Array]

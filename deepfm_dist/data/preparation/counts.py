@@ -262,11 +262,11 @@ class Counts:
     Attributes:
         tables: training rows by code, of each table that has a vocabulary; threads share them.
         liked: training positives by item code; threads share them.
-        numeric: of each numeric context field.
-        of_entities: of each field of users and items stored in the rows.
+        numeric: figures of each numeric context field.
+        of_entities: figures of each field of users and items stored in the rows.
         rows: ``[partitions, splits]``;
         positives: the same.
-        weights: of the training rows, where they are known.
+        weights: the weights of the training rows, where they are known.
         ties: see `Splitter.ties`.
         repeated: rows dropped because another one has their user and item.
         low: rows that only count as seen.
@@ -309,7 +309,7 @@ class Counts:
 
         Args:
             splitter: assigns its rows.
-            hashes: of the texts of a vocabulary, see `Partitions.hashes`.
+            hashes: the hashes of the texts of a vocabulary, see `Partitions.hashes`.
             p: its number.
             part: its rows.
 

@@ -30,7 +30,7 @@ class Crew:
     share what they read.
 
     Attributes:
-        rank: of this thread.
+        rank: the rank of this thread.
         size: number of threads.
     """
 

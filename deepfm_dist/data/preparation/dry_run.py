@@ -29,7 +29,7 @@ class FieldPreview:
     """Preview of a field.
 
     Attributes:
-        name: of the field.
+        name: the name of the field.
         entity: user, item or context.
         kind: its form in the model, such as ``table genre, 19 rows``.
         distinct: number of distinct values, for a field with a vocabulary or numbers.
@@ -55,7 +55,7 @@ class DryRun:
         splits: rows by split.
         dropped: rows left out, by reason.
         noted: counts of other remarks, by reason.
-        fields: in the order of the configuration.
+        fields: the fields, in the order of the configuration.
     """
 
     rows: int
@@ -74,7 +74,7 @@ def dry_run(
     Args:
         data: files, features, split, negatives.
         root: folder of the input files, or its URL.
-        seed: of splits.
+        seed: the seed of splits.
         rows: number to read from the interactions and from each file of held-out rows.
         earlier: local folder of the dataset that ``vocabulary_from`` names, if that is a URL.
 

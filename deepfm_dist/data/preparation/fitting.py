@@ -52,7 +52,7 @@ class FitResult:
         row_of_code: table rows of each vocabulary's texts, and a last element 0 for no value. Rows
             of cold items follow those of the item table.
         numeric: statistics of the numeric fields.
-        rows: of the user and item tables.
+        rows: the rows of the user and item tables.
         cold: number of cold items, by entity; see `Manifest.cold`.
     """
 
@@ -163,8 +163,8 @@ class Fitter:
         cold: ids of the cold items, if there are any, by entity; see `Manifest.cold`.
         values: raw values of their fields, by table row.
         cold_values: raw values of the cold items' fields.
-        vocabularies: by table.
-        lifetimes: of the users' and items' ids, where they are recorded.
+        vocabularies: the vocabularies, by table.
+        lifetimes: the lifetimes of the users' and items' ids, where they are recorded.
         fitted: the part of the fit that writing rows needs.
         time_scale: see `Partitions`.
     """

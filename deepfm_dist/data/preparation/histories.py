@@ -24,7 +24,7 @@ class HistoryWriter:
         n_users: rows of the user table.
         n_rare: users without a row, numbered after it.
         n_buckets: number of ranges of rows, finished one by one.
-        folder: for temporary files.
+        folder: the folder for temporary files.
         crew: the threads.
     """
 

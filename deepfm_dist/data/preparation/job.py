@@ -42,7 +42,7 @@ class Job:
     Attributes:
         data: the settings of the dataset.
         files: the input files by `label_of` their setting.
-        seed: of splits, negatives and row order.
+        seed: the seed of splits, negatives and row order.
         crew: the threads.
         folder: where the dataset is written.
         dropped: counts of input that this thread dropped, by reason.

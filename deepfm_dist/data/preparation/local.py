@@ -105,7 +105,7 @@ def prepare(
         data: files, features, split, negatives.
         root: folder of the input files, or its URL.
         folder: where the prepared dataset goes.
-        seed: of splits, negatives and row order.
+        seed: the seed of splits, negatives and row order.
         threads: number of threads; default: one per core. Results do not depend on it.
         before_replacing: see `BeforeReplacing`.
         build: builds the dataset with a fingerprint in the job's folder; default: with threads.
@@ -414,9 +414,9 @@ def finish(
     Args:
         job: the preparation.
         wanted: fingerprint of the dataset.
-        counts: of all partitions.
+        counts: the counts of all partitions.
         fit: results of fitting.
-        plan: for writing rows.
+        plan: the plan for writing rows.
         written: counts of all partitions.
         histories: users' items.
         earlier: the dataset that this one continues.

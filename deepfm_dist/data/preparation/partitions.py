@@ -55,7 +55,7 @@ class Partitions:
         time_scale: factor that makes all times integers.
         in_memory: whether data for later steps is kept in memory, because there is only one
             partition.
-        hashes: of the ids, as far as known; see `hashes`.
+        hashes: the hashes of the ids, as far as known; see `hashes`.
     """
 
     def __init__(

@@ -48,7 +48,7 @@ class Population:
 
     Attributes:
         item_rows: ``[items]`` rows of all partitions, if rare items are dropped.
-        bounds: of `UserKeys`, if users are held out.
+        bounds: the bounds of `UserKeys`, if users are held out.
         trained_rows: ``[items]`` training rows per item after users are held out.
     """
 
@@ -64,7 +64,7 @@ class Population:
         Args:
             job: the preparation; it counts dropped rows.
             part: the rows.
-            hashes: of its users' ids.
+            hashes: the hashes of its users' ids.
         """
         if self.item_rows is not None:
             part = part.keeping(rows_of_frequent_items(job, part, self.item_rows))

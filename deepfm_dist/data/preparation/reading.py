@@ -391,7 +391,7 @@ def read_side_files(job: Job, codes: Mapping[str, Codes]) -> dict[str, SideFile]
 
     Args:
         job: the preparation.
-        codes: of each vocabulary; extended.
+        codes: the codes of each vocabulary; extended.
     """
     return {f.name: _side_file(job, f, codes) for f in job.data.features if f.file}
 

@@ -58,10 +58,10 @@ def content_hashes(
     """A seeded hash of rows' cells, without times.
 
     Args:
-        columns: as in a `PartitionRows`.
+        columns: the columns, as in a `PartitionRows`.
         rows: ``[m]`` numbers of rows.
         hashes: see `words_of`, for each column that holds codes.
-        seed: of the hash.
+        seed: the seed of the hash.
 
     Returns:
         ``[m]`` uint64.
@@ -94,7 +94,7 @@ def row_order(
         keys: ``[n]`` of the rows.
         buckets: ``[n]``, see `job.buckets_of`.
         hashes: see `words_of`, for each column that holds codes. Codes are in the order of hashes.
-        seed: of the order of rows with equal keys.
+        seed: the seed of the order of rows with equal keys.
 
     Returns:
         ``[n]`` int64 row numbers, and ``[n]`` bool: whether cells and time equal those of the

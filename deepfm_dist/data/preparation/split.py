@@ -69,7 +69,7 @@ def fold_in(
     """Selects the known rows of held-out users: the first ones by key.
 
     Args:
-        share: of each user's rows; at least one is held out, and at least one is not.
+        share: the share of each user's rows; at least one is held out, and at least one is not.
         users: ``[n]`` in ``[0, n_users)``, at least two rows each.
         n_users: number of users.
         keys: ``[n]`` hashes.
@@ -189,7 +189,7 @@ def sort_groups(offsets: Int64Array, order: Int64Array, keys: Int64Array) -> Non
     """Sorts each group of `jagged.grouped` by key, in place; equal rows keep their order.
 
     Args:
-        offsets: of the groups.
+        offsets: the offsets of the groups.
         order: ``[n]`` rows, group by group.
         keys: ``[n]`` of the rows.
     """

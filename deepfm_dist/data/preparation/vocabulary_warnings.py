@@ -32,7 +32,7 @@ def vocabulary_warnings(
 
     Args:
         data: the configuration.
-        name: of the vocabulary.
+        name: the name of the vocabulary.
         texts: ``[n]`` distinct strings.
         counts: ``[n]`` their training rows.
     """

@@ -27,7 +27,7 @@ class WritePlan:
         first_of: for each split, ``[partitions + 1]`` number of rows in preceding partitions.
         lanes: number of streams of training rows.
         groups: groups of training rows, a multiple of ``lanes``.
-        mean_weight: of the training rows.
+        mean_weight: mean weight of the training rows.
         negative_user: ``[users]`` the user whose history a user's negatives avoid, if some users
             have no table row; these are numbered from the end of the user table on, for the sampler
             only.

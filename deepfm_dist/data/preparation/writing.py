@@ -62,7 +62,7 @@ class WriteResult:
     """Counts of written rows, by a thread or a cluster task.
 
     Attributes:
-        sums: of every file of rows, by name.
+        sums: the sums of every file of rows, by name.
         rows: ``[splits]``, including held-out negatives.
         sizes: ``[splits]`` bytes in memory, as needed for training.
         known: counts of held-out rows with known users and items.

@@ -117,7 +117,7 @@ def in_pieces(file: InputFile, n_bytes: int) -> list[InputFile]:
     """The file, or pieces of a large Parquet file to read in parallel.
 
     Args:
-        file: to divide.
+        file: the file to divide.
         n_bytes: minimum uncompressed size of all pieces but the last.
     """
     source = Source(file.path, file.pattern)
@@ -167,7 +167,7 @@ def find_lists(
     Args:
         path: the file, or its URL.
         names: the columns.
-        layout: of the file.
+        layout: the layout of the file.
         name: its name in `data.files`.
 
     Returns:
@@ -197,8 +197,8 @@ def length_of_vectors(
 
     Args:
         path: the file, or its URL.
-        column: of type vector.
-        layout: of the file.
+        column: the column of type vector.
+        layout: the layout of the file.
         name: its name in `data.files`.
 
     Raises:
@@ -282,7 +282,7 @@ def read_objects(
     Args:
         objects: JSON values by member, one object per row, at least one.
         columns: what to read, in order.
-        name: of the objects, for error messages.
+        name: the name of the objects, for error messages.
 
     Raises:
         DataError: a member is missing, unknown or cannot be read.
@@ -328,8 +328,8 @@ def laid_out_like(
 
     Args:
         path: the file, or its URL.
-        columns: to read; the first line is a header if it names all of them.
-        layout: of the other.
+        columns: the columns to read; the first line is a header if it names all of them.
+        layout: the layout of the other file.
     """
     if layout is None or layout.columns is None:
         return layout

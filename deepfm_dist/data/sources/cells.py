@@ -111,7 +111,7 @@ class Column:
         missing: words that count as empty.
         checks: further checks.
         separator: for texts and vectors, between the values of a cell that is not a list.
-        formats: of times, see `times.read_times`.
+        formats: the formats of times, see `times.read_times`.
         derived_from: type of its text for values derived from numbers or times, which use the
             separators of `FileFormat`; None: words.
         purpose: distinguishes several uses of one column; names its values. Default: ``name``.
@@ -143,7 +143,7 @@ class CellTyper:
 
     Args:
         source: the file.
-        columns: to read.
+        columns: the columns to read.
         dropped: counts of dropped rows by reason; updated.
         skip_bad: whether to drop rows with an invalid cell; otherwise they are errors.
         where: returns the place of a row in the file, for messages.
@@ -423,7 +423,7 @@ def vectors_of(cells: pa.Array, separator: str | None = None) -> pa.ListArray:
 
     Args:
         cells: ``[n]`` lists or texts.
-        separator: of a text without brackets.
+        separator: the separator of a text without brackets.
 
     Returns:
         ``[n]`` list of float32: null for a null cell or empty list; invalid elements are null.

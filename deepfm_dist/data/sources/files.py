@@ -21,7 +21,7 @@ class InputFile:
     Attributes:
         path: a local path, or a URL that fsspec opens.
         name: relative to ``data.root``.
-        size: in bytes.
+        size: size in bytes.
         stamp: changes with the contents, as far as the file system shows.
         pattern: the configured name or pattern, the key in `data.files`.
         groups: the first Parquet row group to read and the one after the last; None: all.

@@ -229,7 +229,7 @@ class ObjectReader(JsonLinesReader):
 
     Args:
         source: their name in error messages.
-        columns: to read.
+        columns: the columns to read.
         objects: JSON values by member, one object per row.
     """
 

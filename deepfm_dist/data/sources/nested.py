@@ -31,7 +31,7 @@ class NestedError(ValueError):
 
     Args:
         message: the problem, to follow the column's name.
-        members: of the cells' objects, one of which could be used.
+        members: the members of the cells' objects, one of which could be used.
         is_list: whether they are lists instead of single values.
     """
 

@@ -52,7 +52,7 @@ class Reader(ABC):
 
     Args:
         source: the file.
-        columns: to read.
+        columns: the columns to read.
         layout: what the file name does not show.
         dropped: counts of dropped rows by reason; updated; None: unreadable rows are errors.
 

@@ -252,7 +252,7 @@ class Source:
 
         Args:
             what: the advice, to precede "in data.files".
-            setting: of `FileFormat`, as YAML.
+            setting: the setting of `FileFormat`, as YAML.
             otherwise: the advice if `data.files` does not describe the file.
         """
         if not self._entry:

@@ -130,7 +130,7 @@ class TextStream(io.RawIOBase):
 
     Args:
         stream: Arrow's, of the text's bytes.
-        encoding: of the text.
+        encoding: the encoding of the text.
         replace: whether undecodable bytes become `NO_TEXT`; otherwise the decoder raises, or Arrow
             does if the text is UTF-8.
         rewrite: changes complete lines.

@@ -21,7 +21,8 @@ class NumbaEngine:
     """ReLU layers on CPU: one compiled pass over the catalogue.
 
     Args:
-        layers: of the over-arch above the first, in float64; empty where it has no hidden layer.
+        layers: the layers of the over-arch above the first, in float64; empty where it has no
+            hidden layer.
         threads: number of threads.
     """
 

@@ -39,7 +39,7 @@ class Network(NamedTuple):
     Attributes:
         groups: ``[G, len(GROUP)]``.
         weights: for each group ``[inputs, outputs]``, flat.
-        biases: of all groups' outputs.
+        biases: the biases of all groups' outputs.
         output: ``[H_last]`` weights of the last, linear layer.
         first: scratch row of the first layer's units.
         last: scratch row of the last hidden layer's units.

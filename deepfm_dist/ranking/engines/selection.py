@@ -22,9 +22,9 @@ def engine_for(
     """The kernel of the device where it can be used, else torch; says which, and why.
 
     Args:
-        scorer: of the model.
+        scorer: the scorer of the model.
         device: where it is.
-        precision: of the over-arch's products on CUDA.
+        precision: the precision of the over-arch's products on CUDA.
 
     Raises:
         ConfigError: a precision below ``fp32`` without a kernel that supports it.
