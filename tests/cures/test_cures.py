@@ -126,6 +126,12 @@ _MACHINES = "needs ranks that do not share a disk"
 _PROCESSES = "starts or needs torchrun itself; see test_tune_workers"
 NOT_TYPED = {
     "…=table_row_wise: … on machines": _CUDA,
+    "…: only on CUDA, not on a …; leave it out": "in groups of ranks; see test_groups",
+    "…: does not divide the …; use …": _CUDA,
+    "…: … on machines of … each; start as many": _CUDA,
+    "…: TorchRec averages the state of Adagrad only": _CUDA,
+    "…: …=table_row_wise needs all ranks of a machine": _CUDA,
+    "…: sharding.tables.….cached=…: rows in the cache": _CUDA,
     "run.device=cuda, but torch sees no GPU": _CUDA,
     "sharding.tables.….kind=replicated: optimizer.tables.name=lazy_adam": _CUDA,
     "optimizer.tables.l2=…: FBGEMM's lazy_adam": _CUDA,
