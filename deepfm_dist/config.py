@@ -88,12 +88,8 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _evaluation_fits_the_data(self) -> Self:
+    def _sections_fit_the_data(self) -> Self:
         self.evaluate.check_data(self.data)
-        return self
-
-    @model_validator(mode="after")
-    def _targets_are_labels(self) -> Self:
         for section in (self.model, self.trainer, self.recommend):
             section.check_targets(self.data.interactions.labels)
         return self
