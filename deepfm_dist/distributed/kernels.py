@@ -1,4 +1,4 @@
-"""A faster CPU kernel for the backward pass of row-wise Adagrad."""
+"""Faster CPU kernels for row-wise Adagrad and for lookups."""
 
 import warnings
 from functools import cache
@@ -7,6 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torch import Tensor
 from torch import library as operators
 
@@ -81,6 +85,123 @@ def register() -> operators.Library:
 
 def _numpy(tensor: Tensor) -> Any:
     return tensor.detach().numpy()
+
+
+def look_up(tables: Any, ids: Tensor, offsets: Tensor) -> Tensor:
+    """Looks up and sums; tables under row-wise Adagrad are updated in the backward pass.
+
+    FBGEMM's Python takes longer on the way to the look-up of 1,000 rows than the look-up itself:
+    float32 tables on a CPU do without it.
+
+    Args:
+        tables: FBGEMM's module, whose memory, settings and results these are.
+        ids: int32 or int64 rows that are looked up, feature by feature, bag by bag.
+        offsets: ``[F * B + 1]`` of the bags.
+
+    Returns:
+        ``[B, columns]``: the sums, features side by side.
+
+    Raises:
+        IndexError: an id is not a row of its table.
+    """
+    ours = (
+        isinstance(tables, SplitTableBatchedEmbeddingBagsCodegen)
+        and tables.optimizer == EmbOptimType.EXACT_ROWWISE_ADAGRAD
+        and int(tables.pooling_mode) == _SUM_POOLING
+        and tables.D_offsets.device.type == ids.device.type == "cpu"
+        and tables.weights_host.dtype == torch.float32
+        and tables.weights_host.numel() > 0
+        and ids.dtype == offsets.dtype
+    )
+    if not ours:
+        return tables(ids.long(), offsets.long())
+    pooled: Tensor = _LookUp.apply(  # type: ignore[no-untyped-call]
+        tables.placeholder_autograd_tensor, tables, ids, offsets
+    )
+    return pooled
+
+
+class _LookUp(torch.autograd.Function):
+    """`look_up` by `pool`, and by `rowwise_adagrad` backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, tables: Any, ids: Tensor, offsets: Tensor) -> Tensor:
+        columns = tables.D_offsets.numpy()
+        batch = (len(offsets) - 1) // (len(columns) - 1)
+        pooled = torch.empty(batch, int(columns[-1]))
+        ctx.tables, ctx.ids, ctx.offsets = tables, ids.numpy(), offsets.numpy()
+        weights, begins = _numpy(tables.weights_host), tables.weights_offsets.numpy()
+        rows = tables.rows_per_table.numpy()
+        wrong = pool(pooled.numpy(), weights, begins, columns, rows, ctx.ids, ctx.offsets)
+        if wrong >= 0:
+            raise IndexError(
+                f"id {ctx.ids[wrong]}, number {wrong} of a batch, is no row of its table"
+            )
+        return pooled
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:
+        tables = ctx.tables
+        rowwise_adagrad(
+            gradient.contiguous().numpy(),
+            _numpy(tables.weights_host),
+            tables.weights_offsets.numpy(),
+            tables.D_offsets.numpy(),
+            tables.hash_size_cumsum.numpy(),
+            ctx.ids,
+            ctx.offsets,
+            _numpy(tables.momentum1_host),
+            tables.momentum1_offsets.numpy(),
+            np.float32(tables.learning_rate_tensor.item()),
+            np.float32(tables.optimizer_args.eps),
+        )
+        return None, None, None, None
+
+
+@compiled
+def pool(
+    pooled: FloatArray,
+    weights: FloatArray,
+    weights_offsets: npt.NDArray[np.int64],
+    columns: npt.NDArray[np.int32],
+    rows: npt.NDArray[np.int64],
+    ids: npt.NDArray[np.integer],
+    offsets: npt.NDArray[np.integer],
+) -> int:
+    """Sums the looked-up rows of each bag.
+
+    Args:
+        pooled: ``[B, columns[-1]]`` room for the sums.
+        weights: as `rowwise_adagrad` takes them, and so are the others but ``rows``.
+        weights_offsets: ``[F]``.
+        columns: ``[F + 1]``; multiples of 4.
+        rows: ``[F]`` of each feature's table.
+        ids: rows that are looked up.
+        offsets: ``[F * B + 1]``.
+
+    Returns:
+        The place of an id that is not a row of its table, or -1.
+    """
+    batch = len(pooled)
+    for f in range(len(columns) - 1):
+        left, width = columns[f], columns[f + 1] - columns[f]
+        for bag in range(batch):
+            begin, end = offsets[f * batch + bag], offsets[f * batch + bag + 1]
+            if begin == end:
+                pooled[bag, left : left + width] = 0
+            for i in range(begin, end):
+                row = np.int64(ids[i])
+                if row < 0 or row >= rows[f]:
+                    return i
+                at = weights_offsets[f] + row * width
+                if i == begin:
+                    for d in range(width):
+                        pooled[bag, left + d] = weights[at + d]
+                else:
+                    for d in range(width):
+                        pooled[bag, left + d] += weights[at + d]
+    return -1
 
 
 @compiled

@@ -63,6 +63,7 @@ from torchrec.distributed.types import (
 )
 from torchrec.modules.embedding_configs import DataType
 
+from deepfm_dist.distributed import kernels
 from deepfm_dist.distributed.optimizers import TableOptimizer
 from deepfm_dist.distributed.replicated import REPLICABLE, REPLICATED, kind_of, table_of
 from deepfm_dist.distributed.settings import ShardingConfig, TablePlan
@@ -182,8 +183,8 @@ class TableCollection(ShardedEmbeddingBagCollection):
             features = features.permute(self._features_order, self._features_order_tensor)
         lookup = self._lookups[0]
         if len(lookup._emb_modules) == 1:
-            kernel = lookup._emb_modules[0].emb_module
-            pooled = kernel(features.values().long(), features.offsets().long())
+            tables = lookup._emb_modules[0].emb_module
+            pooled = kernels.look_up(tables, features.values(), features.offsets())
         else:
             pooled = lookup(features)
         return KeyedTensor(self._embedding_names, self._embedding_dims, pooled)

@@ -18,7 +18,7 @@ UInt32Array = npt.NDArray[np.uint32]
 FIRST_FACTOR, SECOND_FACTOR = 0x7FEB352D, 0x846CA68B
 UNIT_FACTOR = 0x9E3779B1
 """Odd: it takes the numbers of units to words that differ in all of their bits."""
-CHUNK = 8
+CHUNK = 16
 """Blocks that pass backwards through the MLP together; they stay in the core's cache."""
 
 
@@ -212,6 +212,11 @@ def _add_outer(out: FloatArray, left: FloatArray, right: FloatArray) -> None:
         for i in range(0, m, TILE[1]):
             # Beyond the end, the last row comes again.
             _tile(sums, left, right, strides, (j, n - 1, i, m - 1), blocks)
+            if j + TILE[0] <= n and i + TILE[1] <= m:  # loops of known lengths are vectorised
+                for a in range(TILE[0]):
+                    for b in range(TILE[1]):
+                        out[(j + a) * m + i + b] += sums[a * TILE[1] + b]
+                continue
             for a in range(min(TILE[0], n - j)):
                 for b in range(min(TILE[1], m - i)):
                     out[(j + a) * m + i + b] += sums[a * TILE[1] + b]
@@ -231,13 +236,14 @@ def _repack(source: FloatArray, sizes: Int64Array, target: FloatArray, into: boo
     for layer in range(len(sizes)):
         n, m = sizes[layer + 1] if layer + 1 < len(sizes) else 1, sizes[layer]
         for j in range(n):
-            for i in range(m + 1):
-                at = begin + (j * m + i if i < m else n * m + j)
-                place = begin + j * (m + 1) + i
-                if into:
-                    target[place] = source[at]
-                else:
-                    source[at] = target[place]
+            at, bias = begin + j * m, begin + n * m + j
+            place = begin + j * (m + 1)
+            if into:
+                target[place : place + m] = source[at : at + m]
+                target[place + m] = source[bias]
+            else:
+                source[at : at + m] = target[place : place + m]
+                source[bias] = target[place + m]
         begin += n * (m + 1)
 
 

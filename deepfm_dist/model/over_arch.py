@@ -22,10 +22,8 @@ _ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
-_KERNEL_UNITS = 256
-"""Maximum layer size for `kernels`: for wider layers, torch's matrix products are as fast on one
-core.
-"""
+_KERNEL_UNITS = 512
+"""Maximum layer size for `kernels`."""
 
 
 class _MLPOnCPU(torch.autograd.Function):

@@ -85,6 +85,44 @@ def test_rows_and_accumulators_are_those_of_fbgemm(
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
 
+def _by_look_up(
+    features: tuple[int, ...], width: int, batch: int, dtype: torch.dtype
+) -> list[Tensor]:
+    torch.manual_seed(0)
+    module = lookups(features, width)
+    found = []
+    for step in range(5):
+        ids, offsets = bags(features, batch, step)
+        out = kernels.look_up(module, ids.to(dtype), offsets.to(dtype))
+        found.append(out.detach().clone())
+        out.backward(torch.randn(out.shape))
+    states = [state for (state,) in module.split_optimizer_states()]
+    return [*module.split_embedding_weights(), *states, *found]
+
+
+@pytest.mark.parametrize("features", [(0, 1, 2), (0, 1, 1, 2, 2, 2)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_look_ups_without_fbgemms_python_give_the_same(
+    unregistered: None, features: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    theirs = trained(features, 12, 64)
+    ours = _by_look_up(features, 12, 64, dtype)
+    for a, b in zip(ours, theirs, strict=False):
+        torch.testing.assert_close(a.detach(), b, rtol=2e-6, atol=2e-6)
+    torch.manual_seed(0)
+    ids, offsets = bags(features, 64, 0)
+    first = lookups(features, 12)(ids, offsets)
+    torch.testing.assert_close(ours[2 * len(ROWS)], first.detach(), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_an_id_that_is_no_row_is_refused(wrong: int) -> None:
+    module = lookups((0, 1, 2), 4)
+    ids, offsets = torch.tensor([39, 2, wrong, 899]), torch.tensor([0, 1, 3, 4])
+    with pytest.raises(IndexError, match=f"id {wrong}, number 2 of a batch"):
+        kernels.look_up(module, ids, offsets)
+
+
 def test_float16_tables_are_left_to_fbgemm(unregistered: None) -> None:
     theirs = trained((0, 1, 2), 8, 32, SparseType.FP16)
     kernels.register()

@@ -49,7 +49,7 @@ def by_kernel(arch: OverArch, rows: Tensor) -> list[Any]:
 
 
 @pytest.mark.parametrize("n", [1, 31, 256, 257, 2100])
-@pytest.mark.parametrize("layers", [[30, 20, 10], [1], [11, 65], [256], []])
+@pytest.mark.parametrize("layers", [[30, 20, 10], [1], [11, 65], [256], [401, 18], []])
 def test_the_mlps_output_and_gradients_equal_float64(n: int, layers: list[int]) -> None:
     arch, rows = over_arch(layers)
     for found, expected in zip(by_kernel(arch, rows[:n]), exact(arch, rows[:n], 5), strict=True):
