@@ -149,7 +149,6 @@ KERNELS = {
         for arch in ("sm_80", "sm_90", "sm_100")
         for precision in ("fp32", "tf32", "bf16")
     },
-    "sm_80 tf32 30-20-10": (8, True),
     "sm_90 fp32 30-20-10 --top-k 100": (0, True),
     "sm_90 fp32 30-20-10 --top-k 500": (0, True),
     "sm_90 fp32 30-20-10 --mode scores": (0, True),
@@ -164,7 +163,7 @@ KERNELS = {
     "sm_90 tf32 300-200-100-50": (0, True),
     "sm_100 bf16 300-200-100-50": (0, True),  # with smaller tiles: 128 pairs exceed tensor memory
     "sm_90 bf16 400-400-400": (216, True),  # twice the pairs share a reading of the weights
-    "sm_90 fp32 400-400-400": (560, True),
+    "sm_90 fp32 400-400-400": (360, True),
     "sm_80 bf16 400-400-400": (0, True),
 }
 """Bytes of a thread's registers that may be spilled, and whether tensor cores multiply."""

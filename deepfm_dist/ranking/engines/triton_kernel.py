@@ -25,8 +25,8 @@ ITEM_TILE = 128
 """Items that what pads a catalogue fills up to; a tile has a part of it."""
 USERS = 4
 """Users of a tile."""
-STEP = 32
-"""Units of the first layer that are made at a time."""
+STEP = 16
+"""Units of the first layer that are made at a time; twice as many where registers allow."""
 DIM_STEP = 32
 """Numbers of factor vectors that are multiplied at a time."""
 HELD_BYTES = 2048
@@ -52,6 +52,7 @@ class TileConfig(NamedTuple):
         pairs: of a tile.
         streamed: whether weights are read for each tile.
         stages: loads of weights under way in a loop.
+        step: units of the first layer that are made at a time.
     """
 
     units: int
@@ -61,6 +62,7 @@ class TileConfig(NamedTuple):
     pairs: int
     streamed: bool
     stages: int
+    step: int = STEP
 
     @classmethod
     def of(cls, sizes: Sequence[int], precision: Precision) -> "TileConfig":
@@ -78,14 +80,18 @@ class TileConfig(NamedTuple):
         n_weights = sum(round_up(a, 16) * round_up(b, 16) for a, b in itertools.pairwise(sizes))
         # In fp32 each is stored twice, as tf32 and its remainder.
         streamed = n_weights * (2 if half else 8) > RESIDENT_BYTES
+        # These spill less, or nothing, with half the units.
+        is_narrow = precision == "tf32" or (precision == "fp32" and streamed)
+        step = STEP if is_narrow and not holds_two else 2 * STEP
         return cls(
-            units=round_up(sizes[0], STEP),
+            units=round_up(sizes[0], step),
             middle=middle,
             last=round_up(sizes[-1], chunk) if chunk else 0,
             chunk=chunk,
             pairs=128 if fit and (half or not streamed) else 64,
             streamed=streamed,
             stages=2 if half else 1,
+            step=step,
         )
 
     @property
@@ -106,7 +112,7 @@ class TileConfig(NamedTuple):
             "DIM": dim,
             "DIM_STEP": max(1, min(dim, DIM_STEP)),
             "UNITS": self.units if deep else 0,
-            "STEP": STEP,
+            "STEP": self.step,
             "SECOND": middle[0],
             "THIRD": middle[1],
             "LAST": self.last,
