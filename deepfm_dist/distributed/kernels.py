@@ -129,6 +129,7 @@ class _LookUp(torch.autograd.Function):
         columns = tables.D_offsets.numpy()
         batch = (len(offsets) - 1) // (len(columns) - 1)
         pooled = torch.empty(batch, int(columns[-1]))
+        tables.iter.fill_(int(tables.iter_cpu.add_(1)))  # look-ups, as FBGEMM counts them
         ctx.tables, ctx.ids, ctx.offsets = tables, ids.numpy(), offsets.numpy()
         weights, begins = _numpy(tables.weights_host), tables.weights_offsets.numpy()
         rows = tables.rows_per_table.numpy()
