@@ -61,7 +61,11 @@ class Service:
             self.address = listening.getsockname()
             self.process = FORK.Process(target=_serve, args=(listening, folder))
             self.process.start()
-        self.until(lambda: self._answers(status))
+        try:
+            self.until(lambda: self._answers(status))
+        except BaseException:  # pytest would wait for the process when it ends
+            self.__exit__()
+            raise
 
     def _answers(self, status: int) -> bool:
         try:
