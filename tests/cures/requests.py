@@ -20,6 +20,13 @@ CALLED_K = {"features": [*DATA["features"], {"name": "k"}]}
 CALLED_DEVICE = {"features": [*DATA["features"], {"name": "device"}]}
 REQUESTS = [
     Mistake(
+        "recommend recommend.k=3",
+        "recommend.context.device=VALUE",
+        "recommend.context.device=phone",
+        before=("train",),
+        data=CALLED_DEVICE,
+    ),
+    Mistake(
         ASK,
         "write one row per request to it",
         before=("train",),
