@@ -465,7 +465,10 @@ def _for_users(draft: "_Draft", manifest: Manifest) -> None:
     if draft.get("optimizer.tables.name", "adam", "moves every row at every step") == "adam":
         draft.choose("optimizer.tables.lr", 0.003, "of adam on tables that begin near 0")
         draft.choose("optimizer.tables.l2", 1e-4 if dim == 64 else 3e-5, f"{dim} columns")
-        if is_measured:
+        if is_measured and draft.get("data.history.targets") == "later":
+            why = "of next items much is left to learn at the end, and a falling rate ranks worse"
+            draft.choose("optimizer.tables.decay", "constant", why)
+        elif is_measured:
             draft.choose("optimizer.tables.decay", "linear", "ranks better than a constant rate")
         if draft.get("optimizer.tables.decay") != "constant":
             planned = f"{plural(epochs, 'epoch')} of {plural(per_epoch, 'step')}"

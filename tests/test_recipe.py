@@ -214,6 +214,10 @@ def test_the_rate_falls_over_all_epochs(sample: PreparedDataset) -> None:
     assert more.optimizer.tables.decay_steps == longer * steps_per_epoch
     constant = _config(optimizer={"tables": {"decay": "constant"}})
     assert resolve(constant, manifest)[0].optimizer.tables.decay_steps is None
+    split = {"method": "leave_last", "valid": 1, "test": 1}
+    later = _config(data={"interactions": {**ROWS, "time": "time"}, "split": split})
+    assert later.data.history.targets == "later"
+    assert resolve(later, manifest)[0].optimizer.tables.decay == "constant"
 
 
 def test_the_sample_leaves_its_recipe_open() -> None:
