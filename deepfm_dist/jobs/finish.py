@@ -62,8 +62,9 @@ SEARCHED_LOGITS = 30_000_000
 """Maximum number of logits in the search: fewer users for a larger catalogue."""
 
 
-FEW_POSITIVES = 20_000
-"""Below this many training positives, the search is cross-validated, with one training per cut."""
+FEW_POSITIVES, FEW_USERS = 20_000, 1_000
+"""With fewer training positives and fewer users to validate on, the search is cross-validated, with
+one training per cut. Many users of few items each say enough."""
 CUTS, CUT_SHARE, CUT_SHARE_OF_LAST = 5, 0.2, 0.1
 """Number of cuts, and the share of each user's items, or of the latest, that each holds out."""
 
@@ -231,9 +232,10 @@ class Finish:
             step: its step.
         """
         dataset, world = self.dataset, self.world
-        n_positives = dataset.manifest.splits["train"].positives
-        cuts = []
-        if n_positives < FEW_POSITIVES and dataset.manifest.data.split.method != "users":
+        n_positives, cuts = dataset.manifest.splits["train"].positives, []
+        measured = self._measured(dataset, model)
+        is_small = n_positives < FEW_POSITIVES and len(measured[1].trained) < FEW_USERS
+        if is_small and dataset.manifest.data.split.method != "users":
             for cut in self._cuts():
                 again = self._train_again(cut, step, is_logged=False)
                 if again is None:
@@ -243,8 +245,7 @@ class Finish:
         if cuts and world.is_first:
             text = "%s: EASE's settings are cross-validated on %s"
             log.info(text, plural(n_positives, "training positive"), plural(len(cuts), "cut"))
-        if not cuts:
-            cuts.append(self._measured(dataset, model))
+        cuts = cuts or [measured]
         linear = world.broadcast(world.run_on_rank0("linear", lambda: self._fit(cuts)))
         assert linear is not None
         return linear, _choice(linear, f"{kind} NDCG@{max(self.config.evaluate.k)}")
