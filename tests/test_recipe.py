@@ -377,7 +377,7 @@ def _continues_and_makes_what_is_missing(
     assert read_from == [find_checkpoint(config.run_dir, "auto", ())]
     # Not from what the closed form was added to: the next run would add it again.
     of_part = ["run.name=twice", f"checkpoint.start_from={config.run_dir / 'refit'}"]
-    with pytest.raises(ConfigError, match=rf"holds the closed form too.*from={config.run_dir}$"):
+    with pytest.raises(ConfigError, match=rf"holds what is added.*from={config.run_dir}$"):
         train(load_config(SAMPLE, [*settings, *of_part, "trainer.max_steps=1"]))
     with pytest.raises(ConfigError, match=r"model\.embedding_dim=16 \(was 8\)"):
         train(load_config(SAMPLE, [*settings, "model.embedding_dim=16"]))

@@ -214,7 +214,7 @@ class Finish:
     def _marker(self, part: str, step: int, choices: Sequence[Choice]) -> dict[str, Any]:
         """Entries of a part's checkpoint marker that differ from those of a new run."""
         return {
-            "trainer": asdict(replace(self.state, step=step)),
+            "trainer": asdict(replace(self.state, step=step, best_step=step)),
             "trained_config": self.config.model_dump(mode="json"),
             "chosen": [asdict(choice) for choice in choices],
             "part": part,

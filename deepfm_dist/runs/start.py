@@ -161,8 +161,8 @@ def _check_start(config: Config, manifest: Manifest, other: Saved) -> None:
     loop = state.get("trained_config", saved)
     if loop["model"]["embedding_dim"] != saved["model"]["embedding_dim"]:
         raise ConfigError(
-            f"{option}: it holds the closed form too, which is fitted when training is over and "
-            f"would be in the model twice; set checkpoint.start_from={other.path.parents[2]}"
+            f"{option}: it holds what is added when training is over, which would be in "
+            f"the model twice; set checkpoint.start_from={other.path.parents[2]}"
         )
     for name, old, new in changed_settings(saved["model"], config.model.model_dump(mode="json")):
         if name not in _INITIAL_SETTINGS:

@@ -106,10 +106,14 @@ def test_the_mean_is_one_model_on_any_number_of_ranks_and_after_a_kill(tmp_path:
 
 
 def _without(folder: Path) -> None:
-    config = with_settings(_config(folder), {"run.name": "fm", "model.deep": False})
+    diverges = {"optimizer.tables.lr": 2.0, "run.name": "fm", "model.deep": False}
+    config = with_settings(_config(folder), diverges)
     text = _text(config)
     assert "of FM on top" in text and "DeepFM" not in text
     assert find_run(config, ()).config.model.embedding_dim == 5 * 4
+    # The loop was best at another step than the part has.
+    assert find_checkpoint(config.run_dir, "best").name == "step_00000000"
+    assert find_checkpoint(config.run_dir / "refit", "auto").name == "step_00000008"
 
 
 def test_a_model_without_an_over_arch_has_folds_of_its_own_kind(tmp_path: Path) -> None:
