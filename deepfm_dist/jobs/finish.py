@@ -171,7 +171,7 @@ class Finish:
             model, step, epochs = model_or_none
             is_cut = self.dataset.held_out is not None
             rows = "all training rows" if is_cut else "training and validation rows"
-            reason = f"{epochs:.4g} epochs of {rows}, as were best without"
+            reason = f"{epochs:.4g} epochs, as many as the best checkpoint took, on {rows}"
             choices.append(Choice("trainer.refit_best", True, reason))
             self._say(choices[-1])
             self._save(REFIT, model, later, linear, step, choices)
@@ -375,16 +375,17 @@ class Finish:
 
 def _choice(linear: Linear, figure: str) -> Choice:
     """The result as a choice, with the deciding figure."""
-    figures = f"{figure} {linear.ndcg:.4f}, {linear.ndcg_trained:.4f} without it"
+    figures = f"{figure} {linear.ndcg:.4f}, of the trained part alone {linear.ndcg_trained:.4f}"
     settings = f"L2 {linear.l2:g}, {plural(linear.columns, 'column')}"
     if not linear.trained:
         what = f"{settings}, without the trained part, which does not rank clearly better"
         return Choice("model.linear", "ease", f"{what}: {figures}")
     if not linear.weight:
-        return Choice("model.linear", "ease", f"weight 0: {figures}, {linear.ndcg_ease:.4f} alone")
+        text = f"weight 0: {figures}, of EASE alone {linear.ndcg_ease:.4f}"
+        return Choice("model.linear", "ease", text)
     return Choice(
         "model.linear",
         "ease",
         f"{settings}, weight {linear.weight:g}, weight of fields {linear.field_weight:g}: "
-        f"{figures}, {linear.ndcg_ease:.4f} alone",
+        f"{figures}, of EASE alone {linear.ndcg_ease:.4f}",
     )

@@ -68,6 +68,10 @@ def ranking_verdicts(comparison: Comparison, k: int, advice: str = "") -> list[V
             kind = "better"
         elif high < 0:
             kind = "worse"
+        if low == high == 0:
+            text = f"NDCG@{k} {ours:.4f}, and equal to that of {name} for every user"
+            verdicts.append(Verdict(f"Ranks like {name}", text, "even"))
+            continue
         ratio = f" ({ours / theirs:.2f} times)" if theirs > 0 else ""
         text = (
             f"NDCG@{k} {ours:.4f}, {name} {theirs:.4f}{ratio}; 95 % interval of the difference "
