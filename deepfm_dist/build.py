@@ -261,6 +261,7 @@ def shard_for_training(
         tables,
         config.trainer.batch_size,
         some_unused=config.model.deep and config.model.over_arch != "mlp",
+        single_valued=manifest.single_valued,
     )
     if _is_compiled(config, world.device, log if world.is_first else None):
         above.compile()
@@ -430,7 +431,7 @@ def shard_for_inference(
         kind="row_wise" if config.sharding.kind == "row_wise" else "auto",
         tables=dict.fromkeys(several, TablePlan(kind="table_wise")),
     )
-    sharded, _ = shard(task, world, sharding)
+    sharded, _ = shard(task, world, sharding, single_valued=manifest.single_valued)
     sharded.eval()
     return sharded
 

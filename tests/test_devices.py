@@ -40,7 +40,6 @@ from deepfm_dist.distributed.optimizers import table_optimizer
 from deepfm_dist.distributed.pipeline import (
     PrefetchTrainPipeline,
     TrainPipeline,
-    send_sizes_from_host,
 )
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.settings import (
@@ -55,7 +54,6 @@ from deepfm_dist.distributed.sharding import (
     init_tables,
     local_shards,
     shard,
-    table_collection,
 )
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
@@ -299,7 +297,6 @@ def device_use_of_two_ranks(folder: Path, kind: str) -> tuple[DeviceUse, list[st
         batches = training_batches(config, dataset, on_cpu).steps(1, 5)
         batch = next(iter(batches)).to(META)
         create_input_dist(sharded, batch.sparse.keys())
-        send_sizes_from_host(table_collection(sharded))  # else the first batch goes another way
         sharded.train()
         pipeline = TrainPipeline(sharded, optimizer, world, config=config.optimizer)
         assert pipeline._overlapped

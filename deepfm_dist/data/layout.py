@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deepfm_dist.data.jagged import VECTORS_AT_ONCE, Values, from_arrow
+from deepfm_dist.data.jagged import VECTORS_AT_ONCE, Jagged, Values, from_arrow
 from deepfm_dist.data.manifest import SPLITS, Manifest
 from deepfm_dist.data.schema import NO_LABEL, Feature
 from deepfm_dist.errors import DataError
@@ -209,12 +209,18 @@ class DatasetFiles:
         cold = (f"{COLD}{entity}" for entity in self._manifest.cold)
         for entity in (*self._manifest.entities, *cold, *["rare"] * self._has_rare):
             name = f"entities/{entity}.parquet"
-            for _ in self._groups(name):
-                pass
+            for _, columns in self._groups(name):
+                self._check_single_values(name, columns)
             if entity != "rare":
                 self._check_ids(name)
         for split in SPLITS:
             self._check_split(split)
+
+    def _check_single_values(self, name: str, columns: Mapping[str, Values]) -> None:
+        for field in self._manifest.single_valued & columns.keys():
+            values = columns[field]
+            if isinstance(values, Jagged) and values.lengths.max(initial=0) > 1:
+                raise self.wrong(name, f"{field} has several values, though the field has one")
 
     def agree(self, name: str, what: str, stored: int, wanted: int) -> None:
         """Compares a number with the manifest's.

@@ -196,6 +196,13 @@ class Manifest(Section):
         return tuple(f for f in self.features if f.in_table)
 
     @property
+    def single_valued(self) -> frozenset[str]:
+        """Names of categorical fields that never have more than one value in a row."""
+        # With ``keep: first``, cells of new users may still hold several.
+        one = (f for f in self.categorical if not f.multi_valued and not f.in_lists)
+        return frozenset(f.name for f in one)
+
+    @property
     def dense(self) -> tuple[Feature, ...]:
         """Fields of one number that enters the model, in order."""
         return tuple(f for f in self.features if f.kind == "numeric" and not f.in_table)

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
-from torchrec.distributed.embedding_sharding import KJTSplitsAllToAllMeta
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.train_pipeline import (
     PrefetchTrainPipelineSparseDist,
     TrainPipelineSparseDist,
 )
-from torchrec.distributed.train_pipeline.runtime_forwards import KJTAllToAllForward
 from torchrec.distributed.types import LazyAwaitable
 from torchrec.optim.keyed import CombinedOptimizer
 
@@ -28,6 +26,7 @@ from deepfm_dist.distributed.optimizers import (
 )
 from deepfm_dist.distributed.settings import OptimizerConfig
 from deepfm_dist.distributed.sharding import (
+    TableCollection,
     average_copies,
     fused_kernels,
     unlock_cached_rows,
@@ -145,79 +144,6 @@ class _Prefetcher:
             return None
         with torch.cuda.stream(self._stream):  # None: of no effect
             return batch.to(self._device, non_blocking=True)
-
-
-class _ExchangedIds(KeyedJaggedTensor):
-    """Exchanged ids without reading back the number per field.
-
-    TorchRec reads it back for all received ids, though only several groups of tables need it.
-    """
-
-    def split(self, segments: list[int]) -> list[KeyedJaggedTensor]:
-        """The ids of groups of fields; one group has all."""
-        if segments == [len(self.keys())]:
-            return [self]
-        pieces: list[KeyedJaggedTensor] = super().split(segments)
-        return pieces
-
-    @staticmethod
-    def dist_init(
-        keys: list[str],
-        tensors: list[Tensor],
-        variable_stride_per_key: bool,
-        num_workers: int,
-        recat: Tensor | None,
-        stride_per_rank: list[int] | None,
-        stagger: int = 1,
-    ) -> KeyedJaggedTensor:
-        """What all ranks have sent, by field; their batches have the same number of rows."""
-        lengths, values = tensors
-        assert stride_per_rank is not None
-        height = stride_per_rank[0]
-        if recat is not None and height > 0:
-            lengths, values, _ = torch.ops.fbgemm.permute_2D_sparse_data(
-                recat, lengths.view(-1, height), values, None, values.numel()
-            )
-        return _ExchangedIds(keys, values, lengths=lengths.view(-1), stride=num_workers * height)
-
-
-class _SizesFromHost(KJTAllToAllForward):
-    """Starts an exchange of ids whose sizes are sent between hosts with gloo.
-
-    TorchRec 1.8 copies the sizes to the GPU, exchanges them there and reads them back, which
-    synchronises seven times on CUDA. The sizes to send are known on the host (from `Batch.sparse`),
-    except for row-wise tables, where they depend on the ids.
-    """
-
-    def __call__(self, input: KeyedJaggedTensor) -> KJTSplitsAllToAllMeta:
-        begin = sum(self._splits[: self._pg.rank()])
-        sent, height = input.dist_splits(self._splits), input.stride()
-        return KJTSplitsAllToAllMeta(
-            pg=self._pg,
-            _input=_ExchangedIds(
-                input.keys(),
-                input.values(),
-                lengths=input.lengths(),
-                stride=height,
-                length_per_key=input.length_per_key(),
-            ),
-            splits=self._splits,
-            splits_tensors=[torch.tensor(sizes) for sizes in (*sent, [height] * self._pg.size())],
-            input_splits=sent,
-            input_tensors=input.dist_tensors(),
-            labels=input.dist_labels(),
-            keys=input.keys()[begin : begin + self._splits[self._pg.rank()]],
-            device=input.device(),
-            stagger=self._stagger,
-        )
-
-
-def send_sizes_from_host(tables: ShardedEmbeddingBagCollection) -> None:
-    """Makes TorchRec's pipeline exchange the sizes of ids with gloo."""
-    for of_sharding in tables._input_dists:
-        exchange = getattr(of_sharding, "_dist", None)  # replicated tables exchange nothing
-        if exchange is not None:
-            exchange.forward = _SizesFromHost(exchange._pg, exchange._splits, exchange._stagger)
 
 
 class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
@@ -379,8 +305,9 @@ class TrainPipeline(TrainPipelineSparseDist[Any, Any]):
 
     def _pipeline_model(self, *arguments: Any, **options: Any) -> None:
         super()._pipeline_model(*arguments, **options)
-        for module in self._pipelined_modules:
-            send_sizes_from_host(module)
+        for module in self._pipelined_modules:  # TorchRec has replaced the exchanges
+            assert isinstance(module, TableCollection)
+            module.replace_exchanges()
 
     def enqueue_batch(self, dataloader_iter: Iterator[Any]) -> bool:
         """Takes the next batch and copies it to the device."""

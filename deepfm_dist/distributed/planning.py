@@ -1,7 +1,7 @@
 """Estimates memory and traffic of a sharding plan on hypothetical ranks."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from deepfm_dist.distributed.sharding import (
     RESERVED,
     ROW_WISE,
     TABLE_ROW_WISE,
+    TABLE_WISE,
     DoesNotFit,
     group_of,
     place,
@@ -54,6 +55,7 @@ class Job:
         sharding: configured placement.
         batch_size: rows per step over all ranks.
         hbm_bytes: memory of a GPU.
+        single_valued: fields with one value in every row.
     """
 
     task: DeepFMTrain
@@ -62,6 +64,7 @@ class Job:
     sharding: ShardingConfig
     batch_size: int
     hbm_bytes: int
+    single_valued: Set[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -271,6 +274,7 @@ def _table_demand(
     pooled = batch * fields * width
     # Ids and lengths, one number each if a row has one value of the field.
     id_bytes = batch * fields * ID_BYTES
+    length_bytes = batch * _n_lengths(config, placement.kind, job.single_valued) * ID_BYTES
     holders = _holders(placement.kind, placement.rank, job.world)
     per_rank = rows if is_replicated else -(-rows // len(holders))
     exchanged = 2 * pooled * FLOAT_BYTES + IN_FLIGHT * 2 * id_bytes
@@ -284,15 +288,14 @@ def _table_demand(
     sent, local = [], []
     for rank in range(ranks):
         mine = _all_reduced(FLOAT_BYTES * rows * width, ranks)
-        stays = mine * _local_share(job.world)
         if not is_replicated:
             pooled_bytes = pooled * job.sharding.float_bytes
-            sent_by_kind = _sent(holders, rank, ranks, pooled_bytes, id_bytes, id_bytes)
+            sent_by_kind = _sent(holders, rank, ranks, pooled_bytes, id_bytes, length_bytes)
             mine = sum(sent_by_kind)
-            stays = mine * _local_share(job.world)
-            if placement.kind == TABLE_ROW_WISE:
-                # Gradients alone are gathered within the machine; as many bytes of rows are before.
-                stays = sent_by_kind[0] + 2 * sent_by_kind[2] if rank in holders else 0
+        stays = mine * _local_share(job.world)
+        if placement.kind == TABLE_ROW_WISE:
+            # Gradients alone are gathered within the machine; as many bytes of rows are before.
+            stays = sent_by_kind[0] + 2 * sent_by_kind[2] if rank in holders else 0
         sent.append(mine)
         local.append(stays)
     table = TableDemand(
@@ -360,6 +363,11 @@ def _holders(kind: str, rank: int | None, world: World) -> range:
     return range(rank, rank + (world.local_world_size if kind == TABLE_ROW_WISE else 1))
 
 
+def _n_lengths(config: EmbeddingBagConfig, sharding: str, full: Set[str]) -> int:
+    """Number of a table's fields whose lengths are sent, see `IdExchange`."""
+    return len(set(config.feature_names) - (full if sharding == TABLE_WISE else set()))
+
+
 def _sent(
     holders: range, rank: int, ranks: int, pooled_bytes: int, id_bytes: int, length_bytes: int
 ) -> tuple[int, int, int]:
@@ -400,15 +408,18 @@ def sent_bytes(
         float_bytes: bytes per transmitted float of an embedding.
 
     Returns:
-        ids (with the bags' lengths), embeddings, their gradients, and gradients of the over-arch.
+        ids (with the lengths that are sent), embeddings, their gradients, and gradients of the
+        over-arch.
     """
     group = group_of(sharded, world)  # averaging over groups belongs to a step, not to a batch
     ranks, local = group.world_size, sparse.stride()
     n_groups = world.world_size // ranks
     ids = dict(zip(sparse.keys(), sparse.length_per_key(), strict=True))
     [plan] = sharded.plan.plan.values()
+    tables = table_collection(sharded)
+    full = {name for name, n in ids.items() if n == local} & tables.single_valued
     total = [0, 0, 0]
-    for config in table_collection(sharded).tables:
+    for config in tables.tables:
         placed = plan[config.name]
         if kind_of(placed) == REPLICATED:
             table_bytes = FLOAT_BYTES * config.num_embeddings * config.embedding_dim
@@ -418,6 +429,7 @@ def sent_bytes(
         holders = _holders(placed.sharding_type, owner, group)
         n_ids = ranks * local * len(config.feature_names)
         looked_up = ranks * sum(ids[name] for name in config.feature_names)
+        n_lengths = ranks * local * _n_lengths(config, placed.sharding_type, full)
         for rank in range(ranks):
             sent = _sent(
                 holders,
@@ -425,7 +437,7 @@ def sent_bytes(
                 ranks,
                 n_ids * config.embedding_dim * float_bytes,
                 looked_up * ID_BYTES,
-                n_ids * ID_BYTES,
+                n_lengths * ID_BYTES,
             )
             total = [a + n_groups * b for a, b in zip(total, sent, strict=True)]
     dense = sum(p.numel() for k, p in sharded.named_parameters() if ".ebc." not in k)

@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,6 +45,7 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
 from torchrec.distributed.sharding.dp_sharding import DpPooledEmbeddingSharding
+from torchrec.distributed.sharding.tw_sharding import TwSparseFeaturesDist
 from torchrec.distributed.sharding_plan import (
     ParameterShardingGenerator,
     construct_module_sharding_plan,
@@ -64,6 +65,7 @@ from torchrec.distributed.types import (
 from torchrec.modules.embedding_configs import DataType
 
 from deepfm_dist.distributed import kernels
+from deepfm_dist.distributed.exchange import IdExchange
 from deepfm_dist.distributed.optimizers import TableOptimizer
 from deepfm_dist.distributed.replicated import REPLICABLE, REPLICATED, kind_of, table_of
 from deepfm_dist.distributed.settings import ShardingConfig, TablePlan
@@ -76,6 +78,7 @@ from deepfm_dist.seeding import derive_seed
 log = logging.getLogger(__name__)
 
 ROW_WISE, TABLE_ROW_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value
+TABLE_WISE = ShardingType.TABLE_WISE.value
 _WITHIN_MACHINES = ("cuda",)
 """Devices whose tables may be cut over the ranks of one machine."""
 _IN_GROUPS = ("cuda",)
@@ -123,7 +126,12 @@ class TableCollection(ShardedEmbeddingBagCollection):
 
     TorchRec's exchanges and wrappers, which are no-ops there, would take a quarter of a small
     model's step.
+
+    Attributes:
+        single_valued: fields that never have more than one value in a row.
     """
+
+    single_valued: Set[str] = frozenset()
 
     @property
     def tables(self) -> list[EmbeddingBagConfig]:
@@ -144,6 +152,24 @@ class TableCollection(ShardedEmbeddingBagCollection):
         """The replicated tables."""
         plan = self.module_sharding_plan.items()
         return frozenset(name for name, table in plan if kind_of(table) == REPLICATED)
+
+    def _create_input_dist(self, input_feature_names: list[str]) -> None:
+        super()._create_input_dist(input_feature_names)
+        self.replace_exchanges()
+
+    def replace_exchanges(self) -> None:
+        """Exchanges ids as `IdExchange` does."""
+        for of_sharding in self._input_dists:
+            exchange = getattr(of_sharding, "_dist", None)  # replicated tables exchange nothing
+            if exchange is not None:
+                # A row-wise table gets a value on one rank, and none on the others.
+                is_whole = isinstance(of_sharding, TwSparseFeaturesDist)
+                exchange.forward = IdExchange(
+                    exchange._pg,
+                    exchange._splits,
+                    exchange._stagger,
+                    self.single_valued if is_whole else frozenset(),
+                )
 
     def init_data_parallel(self) -> None:
         """Lets the model's DDP average the gradients of replicated tables.
@@ -257,6 +283,8 @@ def set_table_steps(model: nn.Module, step: int) -> None:
 class _Sharder(EmbeddingBagCollectionSharder):
     """Creates `TableCollection`; on CPU the stock sharder hides row-wise sharding."""
 
+    single_valued: Set[str] = frozenset()
+
     def shard(
         self,
         module: EmbeddingBagCollection,
@@ -265,7 +293,7 @@ class _Sharder(EmbeddingBagCollectionSharder):
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> TableCollection:
-        return TableCollection(
+        tables = TableCollection(
             module,
             params,
             env,
@@ -274,6 +302,8 @@ class _Sharder(EmbeddingBagCollectionSharder):
             qcomm_codecs_registry=self.qcomm_codecs_registry,
             module_fqn=module_fqn,
         )
+        tables.single_valued = self.single_valued
+        return tables
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         types: list[str] = super().sharding_types(compute_device_type)
@@ -287,6 +317,7 @@ def shard(
     optimizer: TableOptimizer | None = None,
     batch_size: int = BATCH_SIZE,
     some_unused: bool = False,
+    single_valued: Set[str] = frozenset(),
 ) -> tuple[DistributedModelParallel, list[PlacedTable]]:
     """Shards the tables over the ranks and wraps the rest in DDP. All ranks.
 
@@ -298,6 +329,8 @@ def shard(
         optimizer: the optimizer of the tables, attached to them; None: inference only.
         batch_size: rows per step over all ranks, for the planner.
         some_unused: whether some weights may get no gradient in a step; DDP then looks for them.
+        single_valued: fields that never have more than one value in a row; the lengths of those in
+            table-wise tables are sent only if some row has no value.
 
     Returns:
         The sharded module and its plan, one line per table.
@@ -316,6 +349,7 @@ def shard(
         },
         qcomm_codecs_registry=_codecs(config.communication, world),
     )
+    sharder.single_valued = single_valued
     wrapper = _DataParallelWrapper(static_graph=False, find_unused_parameters=some_unused)
     hbm_bytes = 0
     if world.device.type == "cuda":
@@ -524,7 +558,7 @@ def placed_tables(sharded: DistributedModelParallel) -> list[PlacedTable]:
         table = module_plan[config.name]
         kind = kind_of(table)
         ranks = "all"
-        if kind == ShardingType.TABLE_WISE.value:
+        if kind == TABLE_WISE:
             ranks = str(table.ranks[0])
         elif kind == TABLE_ROW_WISE:
             ranks = f"{table.ranks[0]}-{table.ranks[-1]}"

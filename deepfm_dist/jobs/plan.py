@@ -38,10 +38,22 @@ def plan(
     world = hypothetical_world(world_size, local_world_size)
     optimizer = table_optimizer(config.optimizer, world.device)
     check_placements(config.sharding, optimizer.kernel, world.device)
-    task = model_to_train(config, hypothetical_manifest(config, rows), world)
+    manifest = hypothetical_manifest(config, rows)
+    task = model_to_train(config, manifest, world)
     optimizer.attach(task.model.embedding_arch.ebc.parameters())
     batch_size = config.trainer.on_ranks(world.world_size).batch_size
-    return planning.plan(Job(task, world, optimizer, config.sharding, batch_size, hbm_bytes))
+    # A batch of users and items has rows without the fields of one of the two.
+    single_valued = manifest.single_valued if config.trainer.loss == "bce" else frozenset()
+    job = Job(
+        task,
+        world,
+        optimizer,
+        config.sharding,
+        batch_size,
+        hbm_bytes=hbm_bytes,
+        single_valued=single_valued,
+    )
+    return planning.plan(job)
 
 
 def _with_choices(config: Config) -> Config:

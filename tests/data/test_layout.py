@@ -28,7 +28,7 @@ interactions: {file: rows/*.parquet, user: u, item: i}
 features:
   - {name: user, entity: user}
   - {name: item, entity: item}
-  - {name: genre, entity: item, file: genres.csv}
+  - {name: genre, entity: item, file: genres.csv, keep: first}
   - {name: age, entity: user, file: people.csv, kind: numeric, transform: standard}
   - {name: hour}
   - {name: mood, separator: "|"}
@@ -192,6 +192,10 @@ TRAIN, VALID, USERS = (
         (cell(TRAIN, "item", 1, -1), "the column item holds -1, not a row of its table, 0 to 4"),
         (cell(TRAIN, "mood", 2, [3]), "the column mood holds 3, not a row of its table, 0 to 2"),
         (cell(TRAIN, "price", 2, 4), "the column price holds 4, not a row of its table, 0 to 3"),
+        (
+            cell("entities/item.parquet", "genre", 1, [1, 1]),
+            r"item\.parquet: genre has several values, though the field has one",
+        ),
         (cell(VALID, "label", 1, 0.5), "label must be 0 or 1"),
         (cell(VALID, "label", 1, 1), "valid: 2 positives, where the manifest says 1"),
         (cell(USERS, "age", 1, float("nan")), "the column age holds null"),

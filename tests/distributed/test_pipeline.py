@@ -77,7 +77,10 @@ def rows_of(config: Config) -> Config:
 
 CASES = {
     "rows": [],
-    "batch norm and dropout": ["model.batch_norm=true", "model.dropout=0.2"],
+    "batch norm and dropout, table-wise": [
+        *("model.batch_norm=true", "model.dropout=0.2"),
+        *("sharding.kind=table_wise", "trainer.batch_size=1000"),
+    ],
     "accumulated": [
         "trainer.accumulate_steps=2",
         "optimizer.tables={name: adam, lr: 0.003}",

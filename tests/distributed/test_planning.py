@@ -241,8 +241,10 @@ def test_traffic_is_the_sum_of_all_messages(kind: str, float_kind: str, float_by
                 if a == b:
                     continue
                 if b in holders:
-                    # Ids to the rank that has the row, evenly; lengths; the gradient of a's rows.
-                    sent[a] += local * 4 // len(holders) + local * 4 + local * width * float_bytes
+                    # Ids to the rank that has the row, evenly; lengths, if the rank does not know
+                    # that they are 1; the gradient of a's rows.
+                    lengths = local * 4 if kind == "row_wise" or turn == 2 else 0
+                    sent[a] += local * 4 // len(holders) + lengths + local * width * float_bytes
                 if a in holders:
                     sent[a] += local * width * float_bytes  # pooled rows of b, or a's part of them
         traffic.append(sum(sent) - before)
