@@ -239,12 +239,14 @@ def _shares(
     shares = mean_shares(constants, additions, labels, weights)
     blended = constants + sum(s * part for s, part in zip(shares, additions, strict=True))
     trained = [_name(kind) for kind in kinds_of(config)]
-    added = " and ".join(f"{s:.2f} of {name}" for s, name in zip(shares[1:], trained, strict=True))
+    added = " and ".join(
+        f"{s:.2f} of what {name} adds" for s, name in zip(shares[1:], trained, strict=True)
+    )
     losses = [log_loss(each, labels, weights) for each in (blended, *scores, regression, constants)]
     figures = [f"{loss:.4f}" for loss in losses]
     others = [f"of {name} {figure}" for name, figure in zip(trained, figures[1:], strict=False)]
     return shares, (
-        f"{shares[0]:.2f} of the regression, and {added} on top; cross-validated log loss "
+        f"{shares[0]:.2f} of the regression, plus {added}; cross-validated log loss "
         f"{figures[0]}, {', '.join(others)}, of the regression {figures[-2]}, of a constant "
         f"{figures[-1]}"
     )

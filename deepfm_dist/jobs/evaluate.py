@@ -268,7 +268,8 @@ def _settings_shown(trained: LoadedModel) -> str:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: now[name] for name in now if now[name] not in (before.get(name), AUTO)}
+    """Settings that differ, except names, which do not change what is measured."""
+    return {k: v for k, v in now.items() if k != "name" and v not in (before.get(k), AUTO)}
 
 
 def _ease_l2(path: Path) -> float:

@@ -15,6 +15,7 @@ from deepfm_dist.data.cards import Card, Cards
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import Manifest
 from deepfm_dist.data.schema import OUT_OF_VOCABULARY
+from deepfm_dist.distributed.checkpoint import REFIT, SELECTED
 from deepfm_dist.events import EndEvent, Event, TrainEvent, ValidEvent, last
 from deepfm_dist.messages import plural
 from deepfm_dist.ranking.evaluation import Comparison
@@ -160,6 +161,12 @@ def _environment() -> Environment:
     return environment
 
 
+def _part(checkpoint: Path) -> str:
+    """The name of a model that was computed after the training loop; otherwise empty."""
+    name = checkpoint.parent.parent.name
+    return name if name in (REFIT, SELECTED) else ""
+
+
 def _variables(report: Report) -> dict[str, Any]:
     """The template's variables."""
     comparison, cutoffs, events = report.comparison, report.cutoffs, report.events
@@ -173,6 +180,7 @@ def _variables(report: Report) -> dict[str, Any]:
         "config": report.config_yaml,
         "chosen": report.chosen,
         "checkpoint": report.checkpoint.name,
+        "part": _part(report.checkpoint),
         "manifest": report.dataset.manifest,
         "split": report.split,
         "missing": _missing(report.dataset.manifest),

@@ -109,7 +109,7 @@ def _without(folder: Path) -> None:
     diverges = {"optimizer.tables.lr": 2.0, "run.name": "fm", "model.deep": False}
     config = with_settings(_config(folder), diverges)
     text = _text(config)
-    assert "of FM on top" in text and "DeepFM" not in text
+    assert "of what FM adds;" in text and "DeepFM" not in text
     assert find_run(config, ()).config.model.embedding_dim == 5 * 4
     # The loop was best at another step than the part has.
     assert find_checkpoint(config.run_dir, "best").name == "step_00000000"

@@ -560,7 +560,12 @@ def test_the_page_of_rows_has_no_rankings(
     )
     path = write_page(report)
     text = path.read_text()
-    assert "Figures on valid rows" in text and "step_00000009 · valid rows" in text
+    assert "Figures on valid rows" in text and "· step_00000009 · valid rows" in text
+    assert "computed after the loop" not in text
+    of_refit = replace(report, checkpoint=Path("run/refit/checkpoints/step_00000009"))
+    other = write_page(of_refit, "refit.html").read_text()
+    assert "· refit/step_00000009 · valid rows" in other
+    assert "<code>refit</code>,\n  which was computed after the loop" in other
     for absent in (
         *('verdicts">', "Rankings", "recommend --run", "serve --run", "Sharding plan"),
         *("What the model recommends", "without a value", "Where training", "Last window"),

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from deepfm_dist import evaluate, prepare, train
+from deepfm_dist.jobs.evaluate import _changes
 from tests.data.small_datasets import config_of, write_input
 from tests.ranks import run_in_fork
 
@@ -73,3 +74,5 @@ def test_the_report_shows_the_settings_of_the_run_and_what_evaluate_had_instead(
     assert "max_steps: 2\n" in settings and "epochs: 99" not in settings
     shown = yaml.safe_load(instead.partition("<")[0])
     assert shown == {"evaluate": {"k": [3]}}
+    # A model that was computed after the loop has a name of its own, which changes nothing.
+    assert _changes({"name": "run/refit", "k": [10]}, {"name": "run", "k": [3]}) == {"k": [3]}
