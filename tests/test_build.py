@@ -278,6 +278,18 @@ def test_a_run_that_stopped_early_continues_with_more_patience(
         assert (folder.begin(f"trainer.patience={cure}"), folder.is_over) == (20, False)
 
 
+def test_the_decay_of_a_longer_run_may_be_longer(folder: Folder) -> None:
+    folder.save(20)
+    marker = checkpoint.checkpoint_path(folder.config().run_dir, 20) / checkpoint.MARKER
+    state = json.loads(marker.read_text())
+    state["config"]["optimizer"]["tables"] |= {"decay": "linear", "decay_steps": 20}
+    marker.write_text(json.dumps(state))
+    longer = ["trainer.epochs=9", "optimizer.tables.decay=linear"]
+    assert folder.begin(*longer, "optimizer.tables.decay_steps=45") == 20
+    with pytest.raises(ConfigError, match=r"optimizer\.tables\.lr=1"):
+        folder.begin(*longer, "optimizer.tables.decay_steps=45", "optimizer.tables.lr=1")
+
+
 @pytest.mark.parametrize("resume", ["auto", "always"])
 @pytest.mark.parametrize(
     "override",

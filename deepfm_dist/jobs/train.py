@@ -37,7 +37,7 @@ from deepfm_dist.runs.start import (
     read_start,
 )
 from deepfm_dist.runs.trained import open_dataset
-from deepfm_dist.training.checks import warn_of_labels, warn_of_numbers
+from deepfm_dist.training.checks import warn_of_labels, warn_of_numbers, warn_of_rate_0
 from deepfm_dist.training.profiling import check_profiled, profiler
 from deepfm_dist.training.state import LoopState, NonFiniteLoss
 from deepfm_dist.training.stopping import StopSignals
@@ -125,6 +125,9 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
         )
         or Start(None, LoopState())
     )
+    if world.is_first:
+        for part in ("tables", "dense"):
+            warn_of_rate_0(part, getattr(config.optimizer, part), last_step)
     if start.is_over:
         done = is_finished(config, manifest) or _finish(
             config, world, dataset, start.state, start.chosen

@@ -337,6 +337,8 @@ def _fixes_a_run(name: str, old: Any, new: Any, train_bytes: int | None) -> bool
         if train_bytes is None:
             return False
         return old is None or (train_bytes <= old) != (train_bytes <= new)
+    if name.startswith("optimizer.") and name.endswith(".decay_steps"):  # as long as training
+        return False
     if name == "data.on_device":  # the batches are the same
         return False
     if name == "checkpoint.start_from":

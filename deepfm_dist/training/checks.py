@@ -4,6 +4,7 @@ import logging
 from itertools import product
 
 from deepfm_dist.data.manifest import Manifest
+from deepfm_dist.distributed.settings import LearningRateConfig
 from deepfm_dist.errors import ConfigError
 from deepfm_dist.messages import plural
 from deepfm_dist.training.metrics import split_target
@@ -87,6 +88,29 @@ def warn_of_numbers(manifest: Manifest) -> None:
                 spec.mean,
                 spec.std,
             )
+
+
+def warn_of_rate_0(part: str, rate: LearningRateConfig, last_step: int) -> None:
+    """Warns about a learning rate that is 0 before training ends. Rank 0.
+
+    Such as that of a run that is continued by its own settings for more epochs.
+
+    Args:
+        part: tables or dense.
+        rate: its learning rate.
+        last_step: the last step that is planned.
+    """
+    end = rate.warmup_steps + (rate.decay_steps or last_step)
+    if end < last_step and not rate.at(last_step):
+        log.warning(
+            "optimizer.%s: the learning rate is 0 from step %s on, and the last step is %s; set "
+            "optimizer.%s.decay_steps=%d",
+            part,
+            f"{end:,}",
+            f"{last_step:,}",
+            part,
+            last_step - rate.warmup_steps,
+        )
 
 
 def _only_label(manifest: Manifest, split: str, target: str | None = None) -> int | None:

@@ -9,8 +9,14 @@ from deepfm_dist import prepare, train
 from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.data.manifest import LabelSpec, Manifest, NumericSpec
 from deepfm_dist.data.schema import Feature
+from deepfm_dist.distributed.settings import LearningRateConfig
 from deepfm_dist.errors import ConfigError
-from deepfm_dist.training.checks import check_monitor, warn_of_labels, warn_of_numbers
+from deepfm_dist.training.checks import (
+    check_monitor,
+    warn_of_labels,
+    warn_of_numbers,
+    warn_of_rate_0,
+)
 from tests.ranks import run_in_fork
 
 
@@ -157,3 +163,17 @@ def _warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
             line.removeprefix("all labels of 20 ").partition(" rows are 0: ")[0] for line in lines
         ]
         assert names == ["validation", "test"]
+
+
+def test_a_rate_of_0_before_the_end_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    linear = LearningRateConfig(lr=0.1, decay="linear", decay_steps=6, warmup_steps=2)
+    for rate, last_step in (
+        (linear, 8),
+        (LearningRateConfig(lr=0.1), 9),
+        (linear.model_copy(update={"final_lr": 0.01}), 9),
+    ):
+        warn_of_rate_0("tables", rate, last_step)
+    assert not caplog.text
+    warn_of_rate_0("tables", linear, 9)
+    assert "0 from step 8 on, and the last step is 9" in caplog.text
+    assert "optimizer.tables.decay_steps=7" in caplog.text
