@@ -108,10 +108,8 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
     dataset = open_dataset(config, world)
     manifest = dataset.manifest
     config, choices = resolve(config, manifest, *saved)
-    if choices and world.is_first:
-        log.info("chosen for this log:")
-        for choice in choices:
-            log.info("  %s", choice)
+    if world.is_first:
+        _log_choices(choices)
     check_monitor_name(config)
     check_finish(config, manifest)
     first_order.check(config, manifest)
@@ -125,9 +123,6 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
         )
         or Start(None, LoopState())
     )
-    if world.is_first:
-        for part in ("tables", "dense"):
-            warn_of_rate_0(part, getattr(config.optimizer, part), last_step)
     if start.is_over:
         done = is_finished(config, manifest) or _finish(
             config, world, dataset, start.state, start.chosen
@@ -136,6 +131,8 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
     sharded, optimizer = shard_for_training(config, manifest, world)
     validate = make_validate(config, dataset, sharded, world)
     if world.is_first:
+        for part in ("tables", "dense"):
+            warn_of_rate_0(part, getattr(config.optimizer, part), last_step)
         warn_of_numbers(manifest)
         warn_of_labels(manifest)
     # From here on signals are deferred: a resumed run takes at least one step.
@@ -164,6 +161,13 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
         text = "Stopped by signal at step %d; rerun the same command to resume"
         log.warning(text, start.state.step)
     return Trained(start.state, stopped)
+
+
+def _log_choices(choices: Sequence[Choice]) -> None:
+    if choices:
+        log.info("chosen for this log:")
+    for choice in choices:
+        log.info("  %s", choice)
 
 
 def _hold_out_items(config: Config, dataset: PreparedDataset, world: World) -> PreparedDataset:
