@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deepfm_dist.arguments import bundled_as_text, by_script, complete
 from deepfm_dist.messages import nearest
-from deepfm_dist.terminal import coloured
+from deepfm_dist.terminal import coloured, print_error
 from deepfm_dist.version import __version__
 
 _FIRST = ("prepare", "train", "evaluate", "recommend", "similar", "predict", "serve")
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] not in ("-h", "--help"):
         near = nearest(arguments[0], known)
         hint = f"did you mean {near}?" if near else f"available: {', '.join(known)}"
-        print(f"ConfigError: {arguments[0]}: unknown command; {hint}", file=sys.stderr)
+        print_error("ConfigError", f"{arguments[0]}: unknown command; {hint}")
         return 2
     print(_overview(known))
     return 0

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from deepfm_dist.bundle import bundled_configs
 from deepfm_dist.errors import ConfigError
-from deepfm_dist.terminal import coloured
+from deepfm_dist.terminal import print_error
 
 EXAMPLES = (
     "",
@@ -43,8 +43,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints a one-line error and exits with code 2."""
-        kind = coloured(ConfigError.__name__, "red", sys.stderr)
-        self.exit(2, f"{kind}: {message}; see {self.prog} --help\n")
+        print_error(ConfigError.__name__, f"{message}; see {self.prog} --help")
+        self.exit(2)
 
 
 def command_line(name: str) -> str:

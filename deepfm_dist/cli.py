@@ -32,7 +32,7 @@ from deepfm_dist.launcher import (
 )
 from deepfm_dist.messages import brief
 from deepfm_dist.storage import folder_of, follow_pointer, storage_errors_to_user
-from deepfm_dist.terminal import coloured
+from deepfm_dist.terminal import print_error
 from deepfm_dist.typed_yaml import settings_of
 
 if TYPE_CHECKING:
@@ -126,8 +126,7 @@ def run(
         if not isinstance(error, RankLost):
             wait_for_the_end(launch)
         if not report_to_torchrun(launch, error):
-            kind = coloured(type(error).__name__, "red", sys.stderr)
-            print(f"{kind}: {as_typed(str(error))}", file=sys.stderr)
+            print_error(type(error).__name__, as_typed(str(error)))
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

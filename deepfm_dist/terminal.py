@@ -21,3 +21,12 @@ def coloured(text: str, colour: str, stream: TextIO | None = None) -> str:
     if not is_terminal or os.environ.get("NO_COLOR"):
         return text
     return f"\033[{_CODES[colour]}m{text}\033[0m"
+
+
+def print_error(kind: str, text: str) -> None:
+    """Prints ``kind: text`` on stderr, with the kind in red.
+
+    The line is one write, which ranks that share an unbuffered stderr cannot interleave.
+    """
+    sys.stderr.write(f"{coloured(kind, 'red', sys.stderr)}: {text}\n")
+    sys.stderr.flush()

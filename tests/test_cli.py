@@ -310,6 +310,25 @@ def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert terminal.coloured("no", "red", Terminal()) == "no"
 
 
+def test_lines_of_errors_are_one_write_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under PYTHONUNBUFFERED two writes of one rank would have another rank's line between them."""
+    writes: list[str] = []
+
+    class Unbuffered(io.StringIO):
+        def write(self, text: str) -> int:
+            writes.append(text)
+            return len(text)
+
+    monkeypatch.setattr(sys, "stderr", Unbuffered())
+    assert __main__.main(["trian"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--no-such-option"])
+    assert train.main(["--config", "missing.yaml"]) == 2
+    errors = [text for text in writes if "Error" in text]
+    assert len(errors) == 3
+    assert all(text.endswith("\n") and text.count("\n") == 1 for text in errors)
+
+
 @pytest.mark.parametrize(
     ("command", "used", "without_effect"),
     [

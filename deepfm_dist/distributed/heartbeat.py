@@ -11,7 +11,6 @@ gloo.
 import os
 import select
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from deepfm_dist.errors import RankLost
+from deepfm_dist.terminal import print_error
 
 SHORT = timedelta(seconds=5)
 """Seconds within which a live rank answers."""
@@ -280,7 +280,7 @@ class Watch:
             if self._rank == min(there):
                 missing = sorted({*range(self._world_size)} - there)
                 error = rank_lost(missing, self._world_size, self._timeout_s)
-                print(f"RankLost: {error}", file=sys.stderr, flush=True)
+                print_error(RankLost.__name__, str(error))
         # Also if the store is gone with the rank that held it.
         if self._since == since:
             self._end(RankLost.exit_code)
