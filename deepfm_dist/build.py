@@ -13,6 +13,8 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torchrec.optim.keyed import CombinedOptimizer
 
 from deepfm_dist.config import Config
@@ -40,7 +42,9 @@ from deepfm_dist.errors import ConfigError, EnvironmentProblem
 from deepfm_dist.log import Logger, TensorBoard
 from deepfm_dist.messages import error_line, plural
 from deepfm_dist.model.deepfm import DeepFM, Table, build_deepfm
+from deepfm_dist.model.dropout import RowDropout
 from deepfm_dist.model.losses import CatalogueLoss, DeepFMTrain
+from deepfm_dist.model.norm import Gather, GlobalBatchNorm, batch_norms
 from deepfm_dist.model.pairs import PairScorer
 from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.model.targets import Towers, first_layer_names, mlp_towers
@@ -102,7 +106,9 @@ def build_model(
             gather=world.differentiable_gather,
         )
     elif config.deep:
-        over_arch = partial(_custom_over_arch, config, n_targets=n_targets)
+        over_arch = partial(
+            _custom_over_arch, config, n_targets=n_targets, gather=world.differentiable_gather
+        )
     tables = {name: Table(spec.rows, spec.features) for name, spec in manifest.tables.items()}
     model = build_deepfm(
         tables,
@@ -199,11 +205,15 @@ def model_to_train(config: Config, manifest: Manifest, world: World) -> DeepFMTr
     return build_model(config.model, manifest, world, config.run.seed, half, weights)
 
 
-def _custom_over_arch(config: ModelConfig, in_features: int, n_targets: int) -> nn.Module:
+def _custom_over_arch(
+    config: ModelConfig, in_features: int, n_targets: int, gather: Gather
+) -> nn.Module:
     """The over-arch given by import path, or one per target."""
-    if n_targets == 1:
-        return _imported_over_arch(config, in_features)
-    return Towers([_imported_over_arch(config, in_features) for _ in range(n_targets)])
+    towers = [_imported_over_arch(config, in_features) for _ in range(n_targets)]
+    over_arch = towers[0] if n_targets == 1 else Towers(towers)
+    for norm in batch_norms(over_arch):
+        norm.gather = gather
+    return over_arch
 
 
 def _imported_over_arch(config: ModelConfig, in_features: int) -> nn.Module:
@@ -214,8 +224,13 @@ def _imported_over_arch(config: ModelConfig, in_features: int) -> nn.Module:
         raise ConfigError(f"{where}: not a torch.nn.Module class; give mlp or package.module:Class")
     try:
         over_arch = kind(in_features, **config.over_arch_options).eval()
+        norms = batch_norms(over_arch)
+        for norm in norms:  # which checks that it gets a row for each row of the batch
+            norm.row_weights_B = torch.ones(2)
         with torch.no_grad():
             out = over_arch(torch.zeros(2, in_features))
+        for norm in norms:
+            norm.row_weights_B = None
     except Exception as error:
         raise ConfigError(
             f"{where}: cannot be built: {error_line(error)}; it is called with in_features "
@@ -225,6 +240,21 @@ def _imported_over_arch(config: ModelConfig, in_features: int) -> nn.Module:
         shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ConfigError(f"{where}: gives {shape} for 2 rows; expected [2], a logit for each row")
     return over_arch.train()
+
+
+def _warn_of_modules_by_rank(path: str, over_arch: nn.Module) -> None:
+    """Warns of torch's batch norm and dropout in an over-arch of the user's own. Rank 0."""
+    for kind, why, instead in (
+        (_BatchNorm, "normalizes over one rank's rows, padding included", GlobalBatchNorm),
+        (_DropoutNd, "draws other masks for each number of ranks", RowDropout),
+    ):
+        modules = [module for module in over_arch.modules() if isinstance(module, kind)]
+        for name in sorted({type(module).__name__ for module in modules}):
+            log.warning(
+                "model.over_arch=%s: torch.nn.%s %s, so results depend on the number of ranks; "
+                "use %s.%s",
+                *(path, name, why, instead.__module__, instead.__name__),
+            )
 
 
 def _import(path: str, where: str, form: str) -> Any:
@@ -248,6 +278,8 @@ def shard_for_training(
     task = model_to_train(config, manifest, world)
     task.catalogue_loss = _catalogue_loss(config.trainer.loss, task, manifest, world)
     arch, above = task.model.embedding_arch, task.model.interaction_arch
+    if world.is_first and config.model.over_arch != "mlp" and above.over_arch is not None:
+        _warn_of_modules_by_rank(config.model.over_arch, above.over_arch)
     above.in_bfloat16 = config.trainer.precision == "bf16"
     in_tf32 = config.trainer.precision == "tf32"
     if in_tf32 and world.device.type != "cuda":

@@ -27,6 +27,7 @@ from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import CheckpointError, ConfigError
 from deepfm_dist.jobs.validation import check_monitor_name, make_validate
 from deepfm_dist.model.deepfm import DeepFM
+from deepfm_dist.model.norm import GlobalBatchNorm
 from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.runs.folder import set_aside
 from deepfm_dist.runs.start import begin, inherited_settings, make_ready
@@ -50,6 +51,25 @@ class Picky(nn.Linear):
         super().__init__(in_features, 1)
 
 
+class Folding(nn.Module):
+    """Normalizes two rows for each row of the batch."""
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__()
+        self.norm = GlobalBatchNorm(in_features // 2)
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        return self.norm(x_BI.reshape(2 * len(x_BI), -1)).view_as(x_BI).sum(1)
+
+
+class ByRank(nn.Sequential):
+    """Batch norm and dropout of torch, which know one rank's rows."""
+
+    def __init__(self, in_features: int) -> None:
+        norm, drop = nn.BatchNorm1d(in_features), nn.Dropout(0.5)
+        super().__init__(norm, drop, nn.Linear(in_features, 1), nn.Flatten(0))
+
+
 class Mute(nn.Module):
     def __init__(self, in_features: int) -> None:
         super().__init__()
@@ -71,6 +91,7 @@ class Mute(nn.Module):
         ({"over_arch": "tests.test_build:Raises"}, "cannot be built: RuntimeError: no such luck"),
         ({"over_arch": "tests.test_build:Picky"}, r"gives \[2, 1\] for 2 rows; expected \[2\]"),
         ({"over_arch": "tests.test_build:Mute"}, "gives NoneType for 2 rows"),
+        ({"over_arch": "tests.test_build:Folding"}, r"takes \[2, \d+\], .*; got \[4, \d+\]"),
         ({"over_arch": "no_python:X"}, r"SyntaxError: .*; give mlp or package.module:Class"),
     ],
 )
@@ -85,6 +106,16 @@ def test_an_over_arch_that_cannot_be_used_is_refused_in_one_line(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RankFailed, match=f"ConfigError: .*{message}"):
         run_alone(_powers, ModelConfig.model_validate(options), sample.manifest)
+
+
+def test_modules_that_know_one_ranks_rows_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    build._warn_of_modules_by_rank("mine:ByRank", ByRank(4))
+    build._warn_of_modules_by_rank("mine:Folding", Folding(4))
+    norm, drop = caplog.messages
+    assert norm.startswith("model.over_arch=mine:ByRank: torch.nn.BatchNorm1d normalizes over one ")
+    assert norm.endswith("; use deepfm_dist.model.norm.GlobalBatchNorm")
+    assert "torch.nn.Dropout draws" in drop
+    assert drop.endswith("; use deepfm_dist.model.dropout.RowDropout")
 
 
 def _powers(config: ModelConfig, manifest: Manifest) -> list[float]:

@@ -23,6 +23,7 @@ from torchrec import (
 )
 
 from deepfm_dist.model import kernels
+from deepfm_dist.model.norm import batch_norms
 from deepfm_dist.model.over_arch import OverArch
 from deepfm_dist.model.targets import MLPTowers, Towers
 
@@ -373,7 +374,12 @@ class InteractionArch(nn.Module):
                 if isinstance(self.over_arch, OverArch | MLPTowers):
                     deep = self.over_arch.forward_rows(rows_BFW, weights_B)
                 else:
+                    norms = batch_norms(self.over_arch)
+                    for norm in norms:
+                        norm.row_weights_B = weights_B
                     deep = self.over_arch(rows_BFW[:, :, : self.embedding_dim].flatten(1))
+                    for norm in norms:
+                        norm.row_weights_B = None
             logits = logits + deep.float()
         shape = rows_BFW.shape[:1] if self.n_targets == 1 else (len(rows_BFW), self.n_targets)
         return logits.expand(shape)

@@ -534,14 +534,28 @@ def test_a_watched_figure_lowers_rates_ends_training_and_is_in_the_state(
     assert json.loads(json.dumps(asdict(run.state))) == asdict(run.state)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_an_over_arch_of_ones_own_is_trained(
-    sample: PreparedDataset, tmp_path: Path, size: int
-) -> None:
+def test_an_over_arch_of_ones_own_is_trained(sample: PreparedDataset, tmp_path: Path) -> None:
     cross = ("model.over_arch=tests.cross_net:CrossNet", "model.over_arch_options={layers: 3}")
     options = (*SHORT, "trainer.max_steps=60", *cross)
-    losses = run_ranks(trained, size, sample, tmp_path, *options)[0].losses
+    losses = run_alone(trained, sample, tmp_path, *options).losses
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_batch_norm_and_dropout_of_ones_own_over_arch_give_the_same_losses_on_any_ranks(
+    sample: PreparedDataset, tmp_path: Path
+) -> None:
+    options = (
+        *(*SHORT, "trainer.batch_size=39999"),
+        *("trainer.epochs=2", "trainer.max_steps=8"),  # the fourth and the eighth are padded
+        "model.over_arch=examples.dcn_v2:DCNv2",
+        "model.over_arch_options={layer_sizes: [9, 5], dropout: 0.3, batch_norm: true}",
+    )
+    alone, *others = (
+        run_ranks(trained, size, sample, tmp_path / f"{size}", *options)[0].losses
+        for size in (1, 2, 4)
+    )
+    assert len(alone) == 8
+    assert others == [pytest.approx(alone, abs=1e-6)] * 2
 
 
 def test_a_watched_ranking_is_the_one_that_evaluate_measures(tmp_path: Path) -> None:
