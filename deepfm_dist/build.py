@@ -44,7 +44,7 @@ from deepfm_dist.messages import error_line, plural
 from deepfm_dist.model.deepfm import DeepFM, Table, build_deepfm
 from deepfm_dist.model.dropout import RowDropout
 from deepfm_dist.model.losses import CatalogueLoss, DeepFMTrain
-from deepfm_dist.model.norm import Gather, GlobalBatchNorm, batch_norms
+from deepfm_dist.model.norm import GlobalBatchNorm, batch_norms
 from deepfm_dist.model.pairs import PairScorer
 from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.model.targets import Towers, first_layer_names, mlp_towers
@@ -86,8 +86,7 @@ def build_model(
         target_weights: weights of several targets in the loss; default: equal.
 
     Raises:
-        ConfigError: ``model.over_arch`` cannot be imported or built, or the weights exceed this
-            machine's memory.
+        ConfigError: ``model.over_arch`` cannot be built, or the weights exceed the memory.
     """
     _check_memory(config, manifest, world, half)
     torch.manual_seed(seed)
@@ -103,12 +102,9 @@ def build_model(
             dropout=config.dropout,
             batch_norm=config.batch_norm,
             init=config.over_arch_init,
-            gather=world.differentiable_gather,
         )
     elif config.deep:
-        over_arch = partial(
-            _custom_over_arch, config, n_targets=n_targets, gather=world.differentiable_gather
-        )
+        over_arch = partial(_custom_over_arch, config, n_targets=n_targets)
     tables = {name: Table(spec.rows, spec.features) for name, spec in manifest.tables.items()}
     model = build_deepfm(
         tables,
@@ -126,6 +122,8 @@ def build_model(
         vectors=manifest.vectors,
         n_targets=n_targets,
     )
+    for norm in batch_norms(model.interaction_arch):
+        norm.gather = world.differentiable_gather
     if config.init_at_mean:
         model.interaction_arch.start_at(manifest.log_odds)
     return DeepFMTrain(model, target_weights or [1.0] * len(manifest.targets))
@@ -205,15 +203,11 @@ def model_to_train(config: Config, manifest: Manifest, world: World) -> DeepFMTr
     return build_model(config.model, manifest, world, config.run.seed, half, weights)
 
 
-def _custom_over_arch(
-    config: ModelConfig, in_features: int, n_targets: int, gather: Gather
-) -> nn.Module:
+def _custom_over_arch(config: ModelConfig, in_features: int, n_targets: int) -> nn.Module:
     """The over-arch given by import path, or one per target."""
-    towers = [_imported_over_arch(config, in_features) for _ in range(n_targets)]
-    over_arch = towers[0] if n_targets == 1 else Towers(towers)
-    for norm in batch_norms(over_arch):
-        norm.gather = gather
-    return over_arch
+    if n_targets == 1:
+        return _imported_over_arch(config, in_features)
+    return Towers([_imported_over_arch(config, in_features) for _ in range(n_targets)])
 
 
 def _imported_over_arch(config: ModelConfig, in_features: int) -> nn.Module:

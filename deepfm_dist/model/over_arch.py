@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from deepfm_dist.model import kernels
 from deepfm_dist.model.dropout import RowDropout
-from deepfm_dist.model.norm import Gather, GlobalBatchNorm
+from deepfm_dist.model.norm import GlobalBatchNorm
 from deepfm_dist.vector_code import HAS_FMA
 
 _ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
@@ -65,7 +65,6 @@ class OverArch(nn.Module):
             that depends on the number of ranks.
         init: distribution of the weights: uniform is PyTorch's default; xavier_normal has zero
             biases.
-        gather: concatenates the ranks' tensors, differentiably; for batch norm.
         has_output: whether there is a linear output layer; otherwise the last hidden layer is the
             result.
     """
@@ -78,7 +77,6 @@ class OverArch(nn.Module):
         dropout: float = 0.0,
         batch_norm: bool = False,
         init: str = "uniform",
-        gather: Gather | None = None,
         has_output: bool = True,
     ) -> None:
         super().__init__()
@@ -86,7 +84,7 @@ class OverArch(nn.Module):
         pairs = list(itertools.pairwise(sizes))
         self.hidden = nn.ModuleList(nn.Linear(a, b, bias=not batch_norm) for a, b in pairs)
         self.norms = nn.ModuleList(
-            GlobalBatchNorm(b, gather) if batch_norm else nn.Identity() for _, b in pairs
+            GlobalBatchNorm(b) if batch_norm else nn.Identity() for _, b in pairs
         )
         self.activation = _ACTIVATIONS[activation]()
         self.dropout = RowDropout(dropout, sum(layer_sizes))
