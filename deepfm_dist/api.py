@@ -336,7 +336,7 @@ class Model:
         assert result is not None  # one process
         rankings = pd.DataFrame(result.comparison.figures).T if result.comparison else None
         return Evaluation(
-            pd.DataFrame(result.rows, index=[result.split]),
+            pd.DataFrame(result.meaningful_rows, index=[result.split]),
             pd.DataFrame() if rankings is None else rankings,
             tuple(map(str, result.verdicts)),
         )

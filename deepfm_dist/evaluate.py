@@ -32,7 +32,7 @@ def _evaluate(config: Config, arguments: argparse.Namespace) -> None:
 
     result = evaluate(config, arguments.overrides)
     if result is not None:
-        figures = result.split, result.rows, result.comparison
+        figures = result.split, result.meaningful_rows, result.comparison
         print(metrics_table(*figures, config.evaluate.k, result.composition))
         paths = (result.metrics_log, result.report)
         files = [f"written: {path}" for path in paths if path is not None]

@@ -27,6 +27,7 @@ from deepfm_dist.report.verdicts import Verdict, verdicts_on
 from deepfm_dist.runs.trained import LoadedModel, find_run, open_trained, open_weights, ranking_loss
 from deepfm_dist.section import AUTO
 from deepfm_dist.training.evaluation import Measured, RowEvaluator
+from deepfm_dist.training.metrics import order_figures
 
 log = logging.getLogger(__name__)
 _OF_EVALUATE = ("data", "checkpoint", "evaluate", "recommend", "sharding", "run")
@@ -41,6 +42,7 @@ class Evaluation:
         split: valid or test.
         composition: description of its rows.
         rows: figures on them.
+        meaningful_rows: without those of probabilities if the training loss gives none.
         comparison: the comparison of rankings; None if rows have labels.
         verdicts: assessments in words.
         metrics_log: the file with the figures; None if it could not be written.
@@ -50,6 +52,7 @@ class Evaluation:
     split: str
     composition: str
     rows: dict[str, float]
+    meaningful_rows: dict[str, float]
     comparison: Comparison | None
     verdicts: list[Verdict]
     metrics_log: Path | None
@@ -220,6 +223,8 @@ def _report(
     validations = [event for event in events if isinstance(event, ValidEvent)]
     state = checkpoint.read_state(trained.checkpoint)
     verdicts = verdicts_on(state, validations, rows, unknown, split, comparison, k=max(cutoffs))
+    loss = ranking_loss(trained.settings)
+    shown = rows if loss is None else order_figures(rows)
     report = Report(
         folder=folder,
         config_yaml=_settings_shown(trained),
@@ -227,10 +232,10 @@ def _report(
         checkpoint=trained.checkpoint,
         dataset=trained.dataset,
         split=split,
-        loss=ranking_loss(trained.settings) or "bce",
-        rows=rows,
+        loss=loss or "bce",
+        rows=shown,
         unknown=unknown,
-        calibrations=measured.calibrations,
+        calibrations=measured.calibrations if loss is None else {},
         comparison=comparison,
         cutoffs=cutoffs,
         verdicts=verdicts,
@@ -246,6 +251,7 @@ def _report(
         split=split,
         composition=composition,
         rows=rows,
+        meaningful_rows=shown,
         comparison=comparison,
         verdicts=verdicts,
         metrics_log=metrics_log,

@@ -36,12 +36,14 @@ log = logging.getLogger(__name__)
 SHOWN_HISTORY = 10
 """Number of latest items shown of a user's history."""
 
-_LEARNING = {
+_LOG_LOSS = {
     "log_loss": ("Log loss", "Mean cross-entropy in nats; lower is better."),
     "ne": (
         "Normalized entropy",
         "Log loss divided by that of always predicting the mean label; 1 is no better than that.",
     ),
+}
+_AUC = {
     "auc": ("AUC", "Chance that a positive row scores above a negative one; 0.5 is guessing."),
 }
 _MEANING = {
@@ -193,7 +195,7 @@ def _variables(report: Report) -> dict[str, Any]:
         "known": _known(report),
         "rankings": {k: _table(comparison, k) for k in cutoffs} if comparison else {},
         "verdicts": report.verdicts,
-        "learning": _learning(plotter, events),
+        "learning": _learning(plotter, events, report.loss, max(cutoffs)),
         "calibrations": [
             _calibration(
                 plotter,
@@ -292,15 +294,17 @@ def _notes(report: Report) -> list[str]:
     notes = []
     ratio = _negatives_per_positive(report)
     if ratio is not None:
+        figures = "AUC, log loss, NE, calibration and accuracy refer"
+        if report.loss != "bce":
+            figures = "AUC refers"
         notes.append(
-            f"The negatives among these rows are sampled, {ratio:.3g} for each positive. AUC, log "
-            f"loss, NE, calibration and accuracy refer to this mix, not to how often users choose "
-            f"an item."
+            f"The negatives among these rows are sampled, {ratio:.3g} for each positive. {figures} "
+            f"to this mix, not to how often users choose an item."
         )
     if report.loss != "bce":
         notes.append(
-            f"The model was trained with loss={report.loss}, for the order of items: its scores "
-            f"are no probabilities, so log loss, NE, calibration and accuracy say little."
+            f"The model was trained with loss={report.loss}, for the order of items. Its scores "
+            f"are not log-odds, so log loss, NE, calibration and accuracy are left out."
         )
     n = report.unknown.n
     counted = f"{report.split} {'rows' if ratio is None else 'positives'}"
@@ -336,9 +340,17 @@ def _known(report: Report) -> str:
     )
 
 
-def _learning(plotter: Plotter, events: Sequence[Event]) -> list[Plot]:
+def _learning(plotter: Plotter, events: Sequence[Event], loss: str, k: int) -> list[Plot]:
+    ranking = {
+        "loss": ("Loss", f"Mean training loss ({loss}); lower is better."),
+        f"ndcg@{k}": (
+            f"NDCG@{k}",
+            f"Validation rankings; hits at the top of the first {k} count more, and 1 is the best "
+            f"possible order.",
+        ),
+    }
     plots = []
-    for name, (title, caption) in _LEARNING.items():
+    for name, (title, caption) in ((_LOG_LOSS if loss == "bce" else ranking) | _AUC).items():
         curves = {
             kind: [
                 (event.step, value)

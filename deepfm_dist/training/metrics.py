@@ -14,6 +14,9 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.integer]
 
+PROBABILITY_FIGURES = ("log_loss", "ne", "calibration", "accuracy", "majority_rate")
+"""Figures that compare probabilities with labels."""
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -122,11 +125,10 @@ def row_sums(labels: FloatArray, logits: FloatArray, weights: FloatArray | None)
 
 
 def figures_of(sums: FloatArray) -> dict[str, float]:
-    """Log loss, NE, calibration, accuracy, and the accuracy of the more frequent label."""
+    """`PROBABILITY_FIGURES`."""
     weight, label, entropy, probability, correct = sums.tolist()
     if weight == 0:  # no row has this label
-        names = ("log_loss", "ne", "calibration", "accuracy", "majority_rate")
-        return dict.fromkeys(names, float("nan"))
+        return dict.fromkeys(PROBABILITY_FIGURES, float("nan"))
     loss, rate = entropy / weight, label / weight
     return {
         "log_loss": loss,
@@ -134,6 +136,15 @@ def figures_of(sums: FloatArray) -> dict[str, float]:
         "calibration": probability / label if label else float("nan"),
         "accuracy": correct / weight,
         "majority_rate": max(rate, 1 - rate),
+    }
+
+
+def order_figures(figures: Mapping[str, float]) -> dict[str, float]:
+    """The figures that depend only on the order of scores, which need not be log-odds for them."""
+    return {
+        name: value
+        for name, value in figures.items()
+        if split_target(name)[1] not in PROBABILITY_FIGURES
     }
 
 

@@ -31,7 +31,7 @@ from deepfm_dist.report.plots import Plotter
 from deepfm_dist.report.tables import metrics_table, ranking_table, trials_table
 from deepfm_dist.report.verdicts import Verdict
 from deepfm_dist.training.evaluation import Unknown
-from deepfm_dist.training.metrics import Calibration
+from deepfm_dist.training.metrics import Calibration, order_figures
 from deepfm_dist.training.search import Trial
 from tests.oracles.row_figures import click_figures
 from tests.pages import PICTURES, watched
@@ -173,7 +173,7 @@ def page(sample: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) -> P
         checkpoint=Path("step_00002000"),
         dataset=sample,
         split="test",
-        loss="softmax",
+        loss="bce",
         rows=click_figures(labels, logits),
         unknown=Unknown(100, {"user": 0, "item": 25}),
         calibrations={"": Calibration([0.1, 0.7], [0.2, 0.6], [5, 5])},
@@ -236,8 +236,6 @@ def test_the_page_explains_each_figure_on_rows(page: Path) -> None:
     assert notes == [
         "The negatives among these rows are sampled, 4 for each positive. AUC, log loss, NE, "
         "calibration and accuracy refer to this mix, not to how often users choose an item.",
-        "The model was trained with loss=softmax, for the order of items: its scores are no "
-        "probabilities, so log loss, NE, calibration and accuracy say little.",
         "Of 100 test positives, 25 (25.0%) have no known item: one that training rows lack, one "
         "below min_count, or none.",
     ]
@@ -517,17 +515,17 @@ def test_a_plot_of_training_has_what_was_measured(tmp_path: Path) -> None:
         TrainEvent(step=150, ne=None, seconds={"data": None, "gone": None}),
         ValidEvent(step=100, epoch=1, log_loss=0.45),
     ]
-    [plot] = page_module._learning(Plotter(), events)  # neither NE nor AUC has a value
+    [plot] = page_module._learning(Plotter(), events, "bce", 10)  # neither NE nor AUC has a value
     assert (plot.name, plot.title) == ("learning-log_loss", "Log loss")
     assert plot.caption == "Mean cross-entropy in nats; lower is better."
     events += [ValidEvent(step=s, log_loss=v) for s, v in ((200, 0.40), (300, 0.42))]
-    [worsened] = page_module._learning(Plotter(), events)
+    [worsened] = page_module._learning(Plotter(), events, "bce", 10)
     assert worsened.caption.endswith(
         "Validation was best at step 200 (0.4000) and had risen to 0.4200 by the last step."
     )
     for label in ("training, before learning", "validation", "step"):
         assert f">{label}</text>" in plot.svg
-    [without] = page_module._learning(Plotter(), events[:3])
+    [without] = page_module._learning(Plotter(), events[:3], "bce", 10)
     assert ">validation</text>" not in without.svg
     seconds = page_module._seconds(events)
     assert seconds == {"data": 1.5, "forward": 4.5}
@@ -537,6 +535,23 @@ def test_a_plot_of_training_has_what_was_measured(tmp_path: Path) -> None:
     for label in ("data", "forward", "25.0%", "75.0%"):
         assert f">{label}</text>" in times.svg
     assert page_module._times(Plotter(), {}) is None
+
+
+def test_a_model_of_an_order_is_not_measured_as_probabilities() -> None:
+    figures = {"auc": 0.75, "user_auc": 0.5, "log_loss": 4.0, "buy.ne": 8.0, "accuracy": 0.25}
+    assert order_figures(figures) == {"auc": 0.75, "user_auc": 0.5}
+    events = [
+        TrainEvent(step=50, loss=4.5),
+        TrainEvent(step=100, loss=3.5),
+        ValidEvent(step=50, auc=0.625, log_loss=0.75, ne=1.5, **{"ndcg@5": 0.25, "ndcg@10": 0.5}),
+        ValidEvent(step=100, auc=0.625, log_loss=1.5, ne=3.0, **{"ndcg@5": 0.25, "ndcg@10": 0.25}),
+    ]
+    plots = page_module._learning(Plotter(), events, "softmax", 10)
+    assert [plot.title for plot in plots] == ["Loss", "NDCG@10", "AUC"]
+    assert plots[0].caption == "Mean training loss (softmax); lower is better."
+    assert plots[1].caption.endswith(
+        "Validation was best at step 50 (0.5000) and had fallen to 0.2500 by the last step."
+    )
 
 
 def test_the_page_of_rows_has_no_rankings(
@@ -676,7 +691,11 @@ def test_dates_under_bars_leave_room_for_each_other(
             "implicit",
             25,
             "bpr",
-            ["The negatives", "The model was trained with loss=bpr", "Of 100 te"],
+            [
+                "The negatives among these rows are sampled, 3 for each positive. AUC refers",
+                "The model was trained with loss=bpr",
+                "Of 100 te",
+            ],
         ),
         ("implicit", 0, "bce", ["Of 100 test rows, 25 (25.0%) have no known item: one that"]),
         ("ctr", 25, "bce", ["Of 100 test rows, 25 (25.0%) have no known item: one that"]),
