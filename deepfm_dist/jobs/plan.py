@@ -39,7 +39,9 @@ def plan(
     optimizer = table_optimizer(config.optimizer, world.device)
     check_placements(config.sharding, optimizer.kernel, world.device)
     manifest = hypothetical_manifest(config, rows)
-    task = model_to_train(config, manifest, world)
+    # Initial values do not matter here, and the labels that a start at the mean needs are unknown.
+    model = config.model.model_copy(update={"init_at_mean": False})
+    task = model_to_train(config.model_copy(update={"model": model}), manifest, world)
     optimizer.attach(task.model.embedding_arch.ebc.parameters())
     batch_size = config.trainer.on_ranks(world.world_size).batch_size
     # A batch of users and items has rows without the fields of one of the two.
