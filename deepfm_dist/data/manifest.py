@@ -20,7 +20,7 @@ from deepfm_dist.data.schema import DataConfig, Feature, Files, label_of, names_
 from deepfm_dist.data.sources import InputFile, find_files
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.messages import brief, nearest, plural
-from deepfm_dist.section import Section
+from deepfm_dist.section import DEFAULTS, Section
 from deepfm_dist.storage import is_remote, storage_errors_to_user
 
 TRAIN, VALID, TEST, FOLD_IN = 0, 1, 2, 3
@@ -478,7 +478,8 @@ def settings_of(data: DataConfig) -> dict[str, Any]:
         elsewhere.add("catalogue")
     if data.forget_after is None:
         elsewhere.add("forget_after")
-    settings = data.model_dump(mode="json", exclude=elsewhere)
+    # A run's own settings have what was chosen; where nothing was, that is the default.
+    settings = data.model_dump(mode="json", exclude=elsewhere, context=DEFAULTS)
     if not data.interactions.labels:
         del settings["interactions"]["labels"]
     for layout in settings["files"].values():

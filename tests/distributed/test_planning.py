@@ -166,16 +166,12 @@ def test_what_training_would_choose_from_the_data_is_planned_for(
 
 def test_a_start_at_the_mean_label_needs_no_labels() -> None:
     """The default of click logs."""
-    interactions = "{file: x.csv, user: u, item: i, label: y}"
-    features = "[{name: user, entity: user}, {name: item, entity: item}]"
-    data = f"data={{task: ctr, interactions: {interactions}, features: {features}}}"
-    where = [data, "run.prepared_root=/nowhere"]
-    rows = {"user": 50, "item": 5}
+    where, rows = "run.prepared_root=/nowhere", {"user": 50, "item": 5, "genre": 3}
     plans = [
-        planned(config_of(*where, f"model.init_at_mean={start}"), rows, 2, 2, 80)
+        planned(config_of(where, f"model.init_at_mean={start}"), rows, 2, 2, 80)
         for start in ("true", "false")
     ]
-    assert plans[0] == plans[1]
+    assert plan_table(plans[0]) == plan_table(plans[1])
 
 
 def test_hashed_tables_and_buckets_need_no_data() -> None:
