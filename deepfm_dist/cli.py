@@ -148,7 +148,7 @@ def _run_on_rank(
     """Resolves the configuration, then prints it or does the work."""
     if launch.rank != 0:
         log.setLevel(logging.WARNING)
-    config = _config_of(arguments)
+    config = _config_of(arguments, searched=name == "tune")
     if arguments.print_config:
         print(config.to_yaml(), end="")
         return
@@ -254,10 +254,10 @@ def _warn_of_settings_without_effect(command: str, overrides: Sequence[str]) -> 
             log.warning("%s has no effect on %s; it is a setting of %s", setting, command, others)
 
 
-def _config_of(arguments: argparse.Namespace) -> Config:
+def _config_of(arguments: argparse.Namespace, searched: bool = False) -> Config:
     run = _run_of(arguments)
     if run is None:
-        return load_config(arguments.config, arguments.overrides)
+        return load_config(arguments.config, arguments.overrides, searched)
     return config_of_run(follow_pointer(run), arguments.overrides)
 
 

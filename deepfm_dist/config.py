@@ -27,6 +27,7 @@ from deepfm_dist.recipe import (
     saved_choices,
     trains_on_users,
     with_history,
+    with_rows_for_search,
 )
 from deepfm_dist.section import Section
 from deepfm_dist.setting_errors import config_error
@@ -194,14 +195,16 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | None = None, overrides: Sequence[str] = (), searched: bool = False
+) -> Config:
     """Reads a configuration.
 
     Args:
-        path: a YAML file or its URL, or the name of a bundled one (``sample``); default: the
-            sample.
+        path: a YAML file or its URL, or the name of a bundled one; default: the sample.
         overrides: ``section.field=value`` each; the value is YAML, or taken verbatim if the setting
             is text.
+        searched: whether the settings are those of a search; see `with_rows_for_search`.
 
     Raises:
         ConfigError: the file is missing or not YAML, or a field is unknown or has a bad value.
@@ -218,7 +221,8 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
         raise ConfigError(f"{file}: expected sections (run, data, model, ...), got {short(tree)}")
     for override in overrides:
         set_value(tree, *parse_override(override, Config), repr(override))
-    return config_from(parse_scalars(tree, Config), str(file), overrides)
+    tree = parse_scalars(tree, Config)
+    return config_from(with_rows_for_search(tree) if searched else tree, str(file), overrides)
 
 
 def config_from(

@@ -12,6 +12,7 @@ behind the choices are in docs/quality.md.
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from deepfm_dist.model.settings import ModelConfig
 from deepfm_dist.section import AUTO, Section
 from deepfm_dist.typed_yaml import value_at
 
+log = logging.getLogger(__name__)
 HISTORY_NAMES = ("seen", "seen_items", "history_of_items")
 """Candidate names of the added field; the first unused one is taken."""
 LATEST_NAMES = ("latest", "latest_items", "history_of_latest_items")
@@ -172,6 +174,31 @@ def trains_on_users(tree: Mapping[str, Any]) -> bool:
     if loss != AUTO:
         return bool(loss != "bce")
     return rows_because(tree) is None
+
+
+def with_rows_for_search(tree: Any) -> Any:
+    """Sets ``trainer.loss=bce`` if a value of ``tune.space``, when typed, means training on rows.
+
+    All trials of a search share their data and figure, and so the kind of training.
+
+    Args:
+        tree: sections of settings from the user, not validated yet.
+
+    Returns:
+        A changed copy, or ``tree`` itself.
+    """
+    space = _section(tree, "tune").get("space")
+    is_decided = _stated(tree, "trainer", "loss") or rows_because(tree) is not None
+    if is_decided or not isinstance(space, Mapping) or "trainer.loss" in space:
+        return tree
+    for name, values in space.items():
+        section, _, setting = str(name).partition(".")
+        for value in [*values.values()] if isinstance(values, Mapping) else values or ():
+            typed = {**_section(tree, section), setting: value}
+            if reason := rows_because({**tree, section: typed}):
+                log.info("all trials train on rows (trainer.loss=bce): tune.space: %s", reason)
+                return {**tree, "trainer": {**_section(tree, "trainer"), "loss": "bce"}}
+    return tree
 
 
 def rows_because(tree: Mapping[str, Any]) -> str | None:

@@ -42,6 +42,25 @@ def _config(**sections: dict[str, Any]) -> Config:
     return config_from({"data": data, **sections})
 
 
+def test_a_search_for_an_over_arch_trains_on_rows_as_if_its_layers_were_typed() -> None:
+    sizes = "model.over_arch_layer_sizes"
+    space = f"tune.space={{{sizes}: [[32], [64, 32]]}}"
+    typed = load_config(SAMPLE, [f"{sizes}=[32]"])
+    searched = load_config(SAMPLE, [space], searched=True)
+    assert searched.data == typed.data and searched.monitor == typed.monitor == "log_loss"
+    assert not searched.trainer.is_auto("loss")  # in best.yaml, too
+    # Other commands, other settings, and searches whose loss is given rank as before.
+    for overrides, is_search in (
+        ([space], False),
+        (["tune.space={model.embedding_dim: {low: 4, high: 8}}"], True),
+        ([space, "trainer.loss=softmax"], True),
+        (["tune.space={trainer.loss: [softmax, bpr], model.dropout: [0.1]}"], True),
+    ):
+        assert load_config(SAMPLE, overrides, is_search).monitor == "ndcg@10"
+    accumulated = ["tune.space={trainer.accumulate_steps: {low: 1, high: 4}}"]
+    assert load_config(SAMPLE, accumulated, searched=True).monitor == "log_loss"
+
+
 def _manifest(
     sample: PreparedDataset, config: Config, users: int = 700, items: int = 400, rows: int = 30_000
 ) -> Manifest:

@@ -37,7 +37,7 @@ from deepfm_dist.runs.start import (
     read_start,
 )
 from deepfm_dist.runs.trained import open_dataset
-from deepfm_dist.training.checks import warn_of_labels, warn_of_numbers, warn_of_rate_0
+from deepfm_dist.training.checks import warn_of_data, warn_of_rate_0
 from deepfm_dist.training.profiling import check_profiled, profiler
 from deepfm_dist.training.state import LoopState, NonFiniteLoss
 from deepfm_dist.training.stopping import StopSignals
@@ -133,8 +133,7 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
     if world.is_first:
         for part in ("tables", "dense"):
             warn_of_rate_0(part, getattr(config.optimizer, part), last_step)
-        warn_of_numbers(manifest)
-        warn_of_labels(manifest)
+        warn_of_data(manifest)
     # From here on signals are deferred: a resumed run takes at least one step.
     with StopSignals() as asked_to_stop:
         run = _Run(

@@ -15,6 +15,13 @@ LARGE = 1000.0
 _OF_BOTH_LABELS = ("auc", "user_auc", "ne")
 
 
+def warn_of_data(manifest: Manifest) -> None:
+    """All warnings about data to train on. Rank 0."""
+    warn_of_numbers(manifest)
+    warn_of_labels(manifest)
+    warn_of_users(manifest)
+
+
 def warn_of_labels(manifest: Manifest) -> None:
     """Warns about splits in which all labels are the same. Rank 0."""
     for split, target in product(manifest.splits, manifest.targets or [None]):
@@ -55,6 +62,15 @@ def _warn_of_missing_labels(manifest: Manifest) -> None:
                 target,
                 plural(rows, f"{'validation' if split == 'valid' else split} row"),
             )
+
+
+def warn_of_users(manifest: Manifest) -> None:
+    """Warns if a model that ranks knows nothing about users. Rank 0."""
+    if manifest.data.task == "implicit" and all(f.entity == "item" for f in manifest.features):
+        log.warning(
+            "data.features: all fields are of the item, so all users get the same ranking; add "
+            "{name: user, entity: user}"
+        )
 
 
 def check_monitor(monitor: str | None, manifest: Manifest) -> None:

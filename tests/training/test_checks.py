@@ -16,6 +16,7 @@ from deepfm_dist.training.checks import (
     warn_of_labels,
     warn_of_numbers,
     warn_of_rate_0,
+    warn_of_users,
 )
 from tests.ranks import run_in_fork
 
@@ -73,6 +74,21 @@ def test_single_label_warnings_ignore_sampled_negatives_and_empty_splits(
     warn_of_labels(sample.manifest)
     warn_of_labels(labelled(sample.manifest, "valid", 0, 0))
     assert caplog.records == []
+
+
+def test_a_model_without_users_is_named(
+    sample: PreparedDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    def of(task: str, *entities: str) -> Manifest:
+        features = tuple(Feature(name=f"f{n}", entity=e) for n, e in enumerate(entities))
+        data = sample.manifest.data.model_copy(update={"task": task, "features": features})
+        return sample.manifest.model_copy(update={"data": data})
+
+    for manifest in (of("implicit", "item", "user"), of("implicit", "context"), of("ctr", "item")):
+        warn_of_users(manifest)
+    assert caplog.records == []
+    warn_of_users(of("implicit", "item", "item"))
+    assert "all users get the same ranking; add {name: user, entity: user}" in caplog.text
 
 
 @pytest.mark.parametrize("monitor", ["auc", "user_auc", "ne"])
