@@ -36,13 +36,14 @@ from deepfm_dist.data.remote import copy_path, local_copy
 from deepfm_dist.data.schema import label_of, names_of
 from deepfm_dist.data.sources import EmptyFile, find_files, find_lists
 from deepfm_dist.data.sources.days import names_day, on_day
-from deepfm_dist.distributed.checkpoint import complete_steps
+from deepfm_dist.distributed.checkpoint import complete_steps, read_checkpoint
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError, DataError
 from deepfm_dist.jobs.evaluate import evaluate_on, measure_weights
 from deepfm_dist.jobs.train import train_on
 from deepfm_dist.lock import Lock
+from deepfm_dist.runs.trained import settings_in
 from deepfm_dist.storage import (
     CURRENT,
     atomic_write,
@@ -253,9 +254,10 @@ def settings_of_day(config: Config, day: date, previous: str | None) -> Config:
     Args:
         config: the settings of all nights.
         day: the day.
-        previous: the day of the run to start from; None for the first.
+        previous: the day of the model in use; None for the first.
 
     Raises:
+        CheckpointError: the run of the model in use has no complete checkpoint.
         DataError: the day's log is missing or empty.
     """
     _check_log(config, day)
@@ -266,8 +268,22 @@ def settings_of_day(config: Config, day: date, previous: str | None) -> Config:
     }
     if previous is not None:
         settings["data.vocabulary_from"] = str(prepared_dir(config, previous))
-        settings["checkpoint.start_from"] = str(config.run_dir / previous)
+        run = config.run_dir / previous
+        if _starts_from_regression(run):
+            log.info(
+                "%s starts from a logistic regression and ends with models of folds, which a warm "
+                "start would do without: this night's model is trained from scratch",
+                run,
+            )
+        else:
+            settings["checkpoint.start_from"] = str(run)
     return with_settings(config, settings)
+
+
+def _starts_from_regression(run: Path) -> bool:
+    """Whether a run's first-order weights start from a logistic regression (few click rows)."""
+    settings = settings_in(read_checkpoint(run, "auto", ()).state)
+    return bool(settings["model"].get("linear") == "logistic")
 
 
 def _check_log(config: Config, day: date) -> None:

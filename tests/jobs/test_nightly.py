@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -341,6 +342,20 @@ def test_what_a_night_needs_is_checked_before_it_begins(make_home: Callable[[str
     for damaged in ('{"day":', '{"day": "2026-11-03", "colour": 1}', "[]"):
         nights.record(DAYS[2]).write_text(damaged)
         assert message(DAYS[2]).startswith(f"{nights.record(DAYS[2])}: not the record of a night")
+
+
+@pytest.mark.parametrize(("linear", "continues"), [("logistic", False), ("none", True)])
+def test_a_model_that_starts_from_a_regression_is_not_trained_further(
+    linear: str, continues: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warm start has neither the regression nor the models of folds that end such a training."""
+    saved = SimpleNamespace(state={"config": {"model": {"linear": linear}}})
+    monkeypatch.setattr(job, "read_checkpoint", lambda *where: saved)
+    config = load_config("sample", [f"run={{name: n, runs_root: {tmp_path}}}"])
+    of_day = settings_of_day(config, date(2026, 11, 2), "2026-11-01")
+    warm = str(tmp_path / "n/2026-11-01") if continues else None
+    assert of_day.checkpoint.start_from == warm
+    assert of_day.data.vocabulary_from == "prepared/n/2026-11-01"
 
 
 def test_names_of_days_are_filled_in() -> None:
