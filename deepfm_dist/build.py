@@ -261,12 +261,17 @@ def _import(path: str, where: str, form: str) -> Any:
 
 
 def shard_for_training(
-    config: Config, manifest: Manifest, world: World
+    config: Config, manifest: Manifest, world: World, is_logged: bool = True
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     """Shards and initialises the model; returns it with its optimizer. All ranks.
 
-    Logs the plan.
+    Args:
+        config: the settings.
+        manifest: of the data.
+        world: the ranks.
+        is_logged: whether to log the plan; a run logs that of its training loop.
     """
+    is_logged = is_logged and world.is_first
     tables = table_optimizer(config.optimizer, world.device)
     tables = replace(tables, half=config.trainer.table_precision == "fp16")
     task = model_to_train(config, manifest, world)
@@ -289,7 +294,7 @@ def shard_for_training(
         some_unused=config.model.deep and config.model.over_arch != "mlp",
         single_valued=manifest.single_valued,
     )
-    if _is_compiled(config, world.device, log if world.is_first else None):
+    if _is_compiled(config, world.device, log if is_logged else None):
         above.compile()
     if task.catalogue_loss is not None:
         # They cancel in a ranking loss. Only rounding errors remain of their gradient; these depend
@@ -303,7 +308,7 @@ def shard_for_training(
         config.run.seed,
         threads=1 + world.spare_threads,
     )
-    if world.is_first:
+    if is_logged:
         lines = pd.DataFrame([asdict(line) for line in plan]).assign(optimizer=tables.name)
         log.info("sharding plan on %d x %s", world.world_size, world.device.type)
         log.info("%s", lines.to_string(index=False))
@@ -326,6 +331,7 @@ def training_batches(
     dataset: PreparedDataset,
     world: World,
     rows: Mapping[str, Values] | None = None,
+    is_logged: bool = True,
 ) -> Batches:
     """The training batches that the loss requires.
 
@@ -335,6 +341,7 @@ def training_batches(
         world: the ranks.
         rows: the rows of ``trainer.loss=bce``: columns of the rows to train on; default: the
             training rows.
+        is_logged: whether to log how batches are made.
 
     Raises:
         ConfigError: the data does not fit the loss, or a rank would get no rows.
@@ -355,7 +362,7 @@ def training_batches(
     batches: Batches
     if trainer.loss == "bce":
         batches = TrainingBatches(dataset, **slice_of_rank, rows=rows)
-        if _is_on_device(config, dataset, batches, world):
+        if _is_on_device(config, dataset, batches, world, is_logged):
             batches = DeviceBatches(batches, world.device)
     else:
         candidates = Candidates(
@@ -368,7 +375,7 @@ def training_batches(
         # Pinned in the threads that make them: a copy from pageable memory would block the host.
         make = batches.batch
         batches.batch = lambda step: make(step).pin_memory()  # type: ignore[method-assign]
-    if world.is_first:
+    if world.is_first and is_logged:
         _log_batches(config, batches, world)
     return batches
 
@@ -393,7 +400,11 @@ def _log_batches(config: Config, batches: Batches, world: World) -> None:
 
 
 def _is_on_device(
-    config: Config, dataset: PreparedDataset, batches: TrainingBatches, world: World
+    config: Config,
+    dataset: PreparedDataset,
+    batches: TrainingBatches,
+    world: World,
+    is_logged: bool,
 ) -> bool:
     """Resolves ``data.on_device``, the same for all ranks. All ranks.
 
@@ -415,7 +426,7 @@ def _is_on_device(
         raise ConfigError(
             f"data.on_device=true: {reason} can only be made by the host; set data.on_device=auto"
         )
-    if reason is not None and world.is_first:
+    if reason is not None and world.is_first and is_logged:
         log.info("data.on_device=auto: the host makes batches: %s", reason)
     return reason is None
 

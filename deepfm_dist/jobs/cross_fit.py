@@ -14,8 +14,7 @@ ensembles, cross validation, and active learning", 1995, for the mean of the mod
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +24,6 @@ import torch
 from torch import Tensor
 from torchrec.optim.keyed import CombinedOptimizer
 
-from deepfm_dist import build
 from deepfm_dist.build import deepfm_of, training_batches
 from deepfm_dist.config import Config, with_settings
 from deepfm_dist.data.batches.batch import Batch
@@ -118,22 +116,21 @@ class CrossFitting:
         fit = partial(fit_folds, self.dataset, rows, fold_of)
         starts = world.broadcast(world.run_on_rank0("logistic", fit))
         assert starts is not None
-        with _plans_unsaid():
-            wide, optimizer = empty_model(with_all_models(config), self.dataset.manifest, world)
-            means = [[each.clone() for each in first_order_weights(wide)] for _ in [*kinds, None]]
-            scores = np.zeros((len(kinds), rows.n))
-            for fold, start in enumerate(starts.weights):
-                known, others = (_taken(columns, fold_of == fold), _taken(columns, fold_of != fold))
-                for kind, settings in enumerate(kinds):
-                    trained = self._train(settings, fold, start, others, steps)
-                    if trained is None:
-                        return None
-                    model, start_weights = trained
-                    scores[kind, fold_of == fold] = self._logits(model, Rows.of(known))
-                    column = (kind * FOLDS + fold) * config.model.embedding_dim
-                    add_model(model, wide, column, 1 / FOLDS)
-                    _add(means[kind], first_order_weights(model))
-                _add(means[-1], start_weights)
+        wide, optimizer = empty_model(with_all_models(config), self.dataset.manifest, world)
+        means = [[each.clone() for each in first_order_weights(wide)] for _ in [*kinds, None]]
+        scores = np.zeros((len(kinds), rows.n))
+        for fold, start in enumerate(starts.weights):
+            known, others = (_taken(columns, fold_of == fold), _taken(columns, fold_of != fold))
+            for kind, settings in enumerate(kinds):
+                trained = self._train(settings, fold, start, others, steps)
+                if trained is None:
+                    return None
+                model, start_weights = trained
+                scores[kind, fold_of == fold] = self._logits(model, Rows.of(known))
+                column = (kind * FOLDS + fold) * config.model.embedding_dim
+                add_model(model, wide, column, 1 / FOLDS)
+                _add(means[kind], first_order_weights(model))
+            _add(means[-1], start_weights)
         choose = partial(_shares, rows, starts.constants[fold_of], starts.held_out, scores, config)
         result = world.broadcast(world.run_on_rank0("shares", choose))
         assert result is not None
@@ -160,7 +157,7 @@ class CrossFitting:
         """A trained model and the first-order weights that it began with; None: it was stopped."""
         world = self.world
         config = with_settings(config, {"run.seed": config.run.seed + fold})
-        batches = training_batches(config, self.dataset, world, columns)
+        batches = training_batches(config, self.dataset, world, columns, is_logged=False)
         trainer = config.trainer.for_steps(steps, batches.steps_per_epoch)
         config = config.model_copy(update={"trainer": trainer})
         model, optimizer = shard_to_widen(config, self.dataset.manifest, world)
@@ -191,18 +188,6 @@ class CrossFitting:
         logits = np.concatenate([np.zeros(0), *(logits for _, logits in blocks)])
         gathered = self.world.gather_object(logits)
         return np.zeros(rows.n) if gathered is None else np.concatenate(gathered)
-
-
-@contextmanager
-def _plans_unsaid() -> Iterator[None]:
-    """Leaves out the plans and batches of many models, which are like those of the loop."""
-    logger = logging.getLogger(build.__name__)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _taken(columns: Mapping[str, Values], chosen: npt.NDArray[np.bool_]) -> dict[str, Values]:

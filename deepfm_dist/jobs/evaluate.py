@@ -227,7 +227,7 @@ def _report(
     shown = rows if loss is None else order_figures(rows)
     report = Report(
         folder=folder,
-        config_yaml=_settings_shown(trained),
+        config_yaml=_settings_shown(trained, state),
         chosen=choices_in(state),
         checkpoint=trained.checkpoint,
         dataset=trained.dataset,
@@ -259,18 +259,29 @@ def _report(
     )
 
 
-def _settings_shown(trained: LoadedModel) -> str:
-    """YAML of the run's settings, and of settings overridden by this evaluation."""
+def _settings_shown(trained: LoadedModel, state: Mapping[str, Any]) -> str:
+    """YAML of the settings that the run was trained with, and below it how this model differs.
+
+    Args:
+        trained: the model.
+        state: the state of its checkpoint.
+    """
     ours, text = trained.config.model_dump(mode="json"), ""
+    settings = dict(trained.settings)
+    if trained_with := state.get("trained_config"):
+        settings |= {"model": trained_with["model"]}
+        if wider := _changes(trained_with["model"], trained.settings["model"]):
+            text += "\n# This model combines others, or adds EASE's columns, and so is wider:\n"
+            text += yaml.safe_dump({"model": wider}, sort_keys=False)
     changed = {
         section: different
         for section in _OF_EVALUATE
         if (different := _changes(trained.settings.get(section, {}), ours[section]))
     }
     if changed:
-        text = "\n# In place of these, this evaluation has:\n"
+        text += "\n# In place of these, this evaluation has:\n"
         text += yaml.safe_dump(changed, sort_keys=False)
-    return yaml.safe_dump(dict(trained.settings), sort_keys=False) + text
+    return yaml.safe_dump(settings, sort_keys=False) + text
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

@@ -322,9 +322,11 @@ class Finish:
         Returns:
             The model, its steps and epochs; None if a signal stopped it.
         """
-        per_epoch = training_batches(self.config, self.dataset, self.world).steps_per_epoch
-        batches = training_batches(self.config, later, self.world)
-        steps = max(1, round(best_step / per_epoch * batches.steps_per_epoch))
+        loop, batches = (
+            training_batches(self.config, dataset, self.world, is_logged=False)
+            for dataset in (self.dataset, later)
+        )
+        steps = max(1, round(best_step / loop.steps_per_epoch * batches.steps_per_epoch))
         trainer_config = self.config.trainer.for_steps(steps, batches.steps_per_epoch)
         config = self._target(REFIT).model_copy(update={"trainer": trainer_config})
         model, optimizer = shard_to_widen(self.config, later.manifest, self.world)
@@ -369,7 +371,7 @@ class Finish:
             put_ease(wide, world, column, fit)
         marker = self._marker(part, step, choices)
         if linear is not None:
-            marker["ease_l2"] = linear.l2_alone
+            marker |= {"ease_l2": linear.l2_alone, "is_ease_alone": not linear.trained}
         save_new_run(target, manifest, world, wide, optimizer, step=step, more=marker)
 
 

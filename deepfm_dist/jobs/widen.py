@@ -18,9 +18,12 @@ from deepfm_dist.model.over_arch import OverArch
 def shard_to_widen(
     config: Config, manifest: Manifest, world: World
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    """A model whose tables are placed independently of their width. All ranks."""
-    sharding = ShardingConfig(kind="table_wise")
-    return shard_for_training(config.model_copy(update={"sharding": sharding}), manifest, world)
+    """A model whose tables are placed independently of their width. All ranks.
+
+    A run makes several of them, so their plans are not logged.
+    """
+    config = config.model_copy(update={"sharding": ShardingConfig(kind="table_wise")})
+    return shard_for_training(config, manifest, world, is_logged=False)
 
 
 def empty_model(

@@ -215,6 +215,13 @@ def row_verdicts(
     ]
 
 
+EASE_ALONE = Verdict(
+    "The model is EASE alone",
+    "with the trained part it did not rank clearly better, so training is not part of this model",
+    "even",
+)
+
+
 def training_verdicts(
     validations: Sequence[ValidEvent],
     step: int,
@@ -305,5 +312,9 @@ def verdicts_on(
         *(ranking_verdicts(comparison, k, ranking_advice(settings)) if comparison else []),
         *(row_verdicts(rows, split, comparison is not None, targets) if has_row_loss else []),
         *unknown_verdicts(unknown, split, only_positives),
-        *training_verdicts(validations, state["step"], monitor, trainer),
+        *(
+            [EASE_ALONE]
+            if state.get("is_ease_alone")
+            else training_verdicts(validations, state["step"], monitor, trainer)
+        ),
     ]

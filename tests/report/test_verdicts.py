@@ -350,6 +350,17 @@ def test_training_that_still_helped_at_its_end_is_named(values: tuple[float, ...
     )
 
 
+def test_ease_alone_is_not_judged_by_the_training_that_it_does_not_use() -> None:
+    validations, rows = losses(0.5, 0.25, 0.375, 0.3125), {"ne": 0.75, "log_loss": 0.5}
+    rows |= {"majority_rate": 0.75}
+    settings = {"trainer": {"epochs": 9, "patience": 2}}
+    state = {"step": 20, "config": settings, "trainer": {"monitor": "log_loss"}}
+    for is_ease_alone, title in ((False, "Stopped early"), (True, "The model is EASE alone")):
+        marker = state | {"is_ease_alone": is_ease_alone}
+        verdicts = verdicts_on(marker, validations, rows, Unknown(9, {}), "test", None, 10)
+        assert [v.title for v in verdicts] == ["Better than a constant", title]
+
+
 def test_a_run_that_stopped_early_was_not_too_long() -> None:
     validations = losses(0.5, 0.25, 0.375, 0.3125)
     [verdict] = training_verdicts(validations, 20, "log_loss", {"epochs": 9, "patience": 2})

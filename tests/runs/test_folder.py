@@ -5,13 +5,15 @@ import json
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from deepfm_dist import evaluate, prepare, train
-from deepfm_dist.jobs.evaluate import _changes
+from deepfm_dist.config import load_config
+from deepfm_dist.jobs.evaluate import _changes, _settings_shown
 from tests.data.small_datasets import config_of, write_input
 from tests.ranks import run_in_fork
 
@@ -76,3 +78,19 @@ def test_the_report_shows_the_settings_of_the_run_and_what_evaluate_had_instead(
     assert shown == {"evaluate": {"k": [3]}}
     # A model that was computed after the loop has a name of its own, which changes nothing.
     assert _changes({"name": "run/refit", "k": [10]}, {"name": "run", "k": [3]}) == {"k": [3]}
+
+
+def test_the_report_of_a_folded_model_shows_the_settings_that_it_was_trained_with() -> None:
+    chosen, wide = (
+        load_config("sample", [f"model={{embedding_dim: {dim}, over_arch_layer_sizes: {sizes}}}"])
+        for dim, sizes in ((8, [64, 64]), (40, [320, 320]))
+    )
+    folded: Any = SimpleNamespace(config=wide, settings=wide.model_dump(mode="json"))
+    text = _settings_shown(folded, {"trained_config": chosen.model_dump(mode="json")})
+    settings, _, differing = text.partition("# This model combines others")
+    layers = {"embedding_dim": 8, "over_arch_layer_sizes": [64, 64]}
+    assert layers.items() <= yaml.safe_load(settings)["model"].items()
+    wider = {"embedding_dim": 40, "over_arch_layer_sizes": [320, 320]}
+    assert yaml.safe_load(f"#{differing}") == {"model": wider}
+    of_loop = _settings_shown(folded, {})
+    assert wider.items() <= yaml.safe_load(of_loop)["model"].items()
