@@ -557,6 +557,15 @@ class Split(Section):
         """Number of ``n`` rows or users that ``valid`` or ``test`` selects."""
         return int(value) if value >= 1 else round(n * value)
 
+    def larger(self, name: str) -> str:
+        """The setting to change where ``valid`` or ``test`` holds out no row."""
+        share = getattr(self, name)
+        if self.method == "leave_last":
+            return "data.split.method=random" if share else f"data.split.{name}=1"
+        if share == 0:
+            return f"data.split.{name}=0.1"
+        return f"data.split.{name}=0.4" if share < 0.4 else "data.split.method=random"
+
 
 class Negatives(Section):
     """Unobserved pairs that stand for "no", for implicit data."""

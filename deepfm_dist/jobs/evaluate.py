@@ -193,12 +193,21 @@ def _reference(config: Config) -> str | None:
 def _check_not_empty(dataset: PreparedDataset, split: str) -> None:
     if dataset.manifest.splits[split].rows == 0:
         other = next((s for s in ("test", "valid") if dataset.manifest.splits[s].rows), None)
+        data = dataset.manifest.data
+        file, column = getattr(data.split, f"{split}_file"), data.interactions.split
+        how = (
+            "data.refit=false"
+            if data.refit
+            else f"data.split.{split}_file names other rows"
+            if file
+            else f"rows of it in the column {column!r}"
+            if column
+            else data.split.larger(split)
+        )
         cure = (
-            "hold some out (data.refit=false) in a run of another run.name"
-            if dataset.manifest.data.refit
-            else f"set evaluate.split={other}"
-            if other
-            else f"hold some out (data.split.{split}=0.1) in a run of another run.name"
+            f"set evaluate.split={other}"
+            if other and not data.refit
+            else f"hold some out ({how}) in a run of another run.name"
         )
         raise DataError(f"{dataset.folder}: the {split} split has no rows; {cure}")
 

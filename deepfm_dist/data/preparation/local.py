@@ -366,7 +366,13 @@ def _report_empty(data: DataConfig, name: str) -> None:
             data.interactions.split,
         )
     elif share:
-        log.warning("the %s split is empty: split.%s=%g holds out no row", name, name, share)
+        log.warning(
+            "the %s split is empty: split.%s=%g holds out no row; to hold some out, set %s",
+            name,
+            name,
+            share,
+            data.split.larger(name),
+        )
 
 
 def _build_dataset(job: Job, wanted: str) -> Manifest:

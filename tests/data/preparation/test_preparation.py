@@ -587,9 +587,16 @@ def test_the_reason_for_no_remaining_rows_is_reported(
 
 def test_empty_splits_are_reported(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "deepfm_dist")
-    split = {"method": "random", "valid": 0.1, "test": 0}
-    small(root, "u,i\na,x\nb,y\n", str(USER_AND_ITEM), split=split)
-    assert "the valid split is empty: split.valid=0.1 holds out no row" in caplog.text
+    rows, split = "u,i\na,x\nb,y\n", {"method": "random", "valid": 0.1, "test": 0}
+    small(root, rows, str(USER_AND_ITEM), split=split)
+    empty = "the valid split is empty: split.valid=0.1 holds out no row"
+    assert f"{empty}; to hold some out, set data.split.valid=0.4" in caplog.text
+    small(root, rows, str(USER_AND_ITEM), split=split | {"valid": 0.4})
+    assert "rows: train 1 positive; valid 1 positive" in caplog.text
+    last = {"method": "leave_last", "valid": 1, "test": 0}
+    dated = {"file": "s.csv", "user": "u", "item": "i", "time": "t"}
+    small(root, "u,i,t\na,x,1\nb,y,2\n", str(USER_AND_ITEM), split=last, interactions=dated)
+    assert "valid=1 holds out no row; to hold some out, set data.split.method=random" in caplog.text
 
 
 def test_files_come_from_any_file_system(root: Path) -> None:
