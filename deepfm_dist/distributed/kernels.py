@@ -186,22 +186,32 @@ def pool(
     """
     batch = len(pooled)
     for f in range(len(columns) - 1):
-        left, width = columns[f], columns[f + 1] - columns[f]
+        left, width = int(columns[f]), int(columns[f + 1] - columns[f])
+        first, n_rows = weights_offsets[f], rows[f]
+        begin = int(offsets[f * batch])
         for bag in range(batch):
-            begin, end = offsets[f * batch + bag], offsets[f * batch + bag + 1]
+            end = int(offsets[f * batch + bag + 1])
             if begin == end:
                 pooled[bag, left : left + width] = 0
             for i in range(begin, end):
-                row = np.int64(ids[i])
-                if row < 0 or row >= rows[f]:
+                row = int(ids[i])
+                if row < 0 or row >= n_rows:
                     return i
-                at = weights_offsets[f] + row * width
+                at = first + row * width
+                # Four at a time, which needs no check for a remainder.
                 if i == begin:
-                    for d in range(width):
+                    for d in range(0, width, 4):
                         pooled[bag, left + d] = weights[at + d]
+                        pooled[bag, left + d + 1] = weights[at + d + 1]
+                        pooled[bag, left + d + 2] = weights[at + d + 2]
+                        pooled[bag, left + d + 3] = weights[at + d + 3]
                 else:
-                    for d in range(width):
+                    for d in range(0, width, 4):
                         pooled[bag, left + d] += weights[at + d]
+                        pooled[bag, left + d + 1] += weights[at + d + 1]
+                        pooled[bag, left + d + 2] += weights[at + d + 2]
+                        pooled[bag, left + d + 3] += weights[at + d + 3]
+            begin = end
     return -1
 
 
