@@ -1,4 +1,4 @@
-"""Ranks on CUDA with the Triton kernel."""
+"""The ranking engine for CUDA, which launches the Triton kernel."""
 
 import logging
 from collections.abc import Sequence
@@ -30,15 +30,15 @@ __all__ = ["Items", "TritonEngine", "unsupported_reason"]
 log = logging.getLogger(__name__)
 
 PROGRAMS = 2048
-"""Programs that keep a large GPU busy; fewer users than that share the catalogue out."""
+"""Programs that keep a large GPU busy; with fewer blocks of users, the catalogue is split."""
 
 
 class Items(NamedTuple):
     """The item side.
 
     Attributes:
-        side: padded to whole tiles by items with a constant of ``-inf``, and to whole blocks of
-            numbers and units.
+        side: padded to whole tiles with items whose constant is ``-inf``, and to whole blocks of
+            dimensions and units.
         n: number of items.
     """
 
@@ -47,12 +47,13 @@ class Items(NamedTuple):
 
 
 class TritonEngine:
-    """ReLU layers on CUDA: one pass over the catalogue.
+    """Ranks models with ReLU layers on CUDA, in one pass over the catalogue.
 
     Args:
-        layers: of the over-arch above the first, in float64; empty where it has no hidden layer.
-        precision: of its products: ``fp32`` takes three of tf32's for one, which leaves float32's
-            rounding; ``tf32`` takes one, and ``bf16`` also holds the hidden units so.
+        layers: weights and biases of the over-arch above its first layer, in float64; empty if it
+            has no hidden layer.
+        precision: of matrix products: ``fp32`` uses three tf32 products for each, for the accuracy
+            of float32; ``tf32`` uses one; ``bf16`` also stores the hidden units in bfloat16.
         device: a CUDA device.
     """
 
@@ -79,7 +80,7 @@ class TritonEngine:
         self._output = output.to(device, torch.float32)
 
     def allocate(self, n: int, like: Side) -> Items:
-        """Room for n items."""
+        """Allocates n items."""
         rows = round_up(n, ITEM_TILE)
         side = Side(
             like.constant.new_full((rows,), float("-inf")),
@@ -89,7 +90,7 @@ class TritonEngine:
         return Items(side, n)
 
     def fill(self, items: Items, begin: int, side: Side) -> None:
-        """Writes items into their places; those past the end are left out."""
+        """Copies items to positions from ``begin`` on; leaves out those past the end."""
         n = min(items.n - begin, len(side.constant))
         for target, source in zip(items.side.tensors, side.tensors, strict=True):
             room = target[begin : begin + n]
@@ -98,7 +99,7 @@ class TritonEngine:
             room.copy_(source[:n])
 
     def take(self, items: Items, places: Int64Array) -> Items:
-        """Some of the items; see `Engine`."""
+        """Selects items; see `Engine`."""
         picked = self.allocate(len(places), items.side)
         wanted = torch.from_numpy(places).to(items.side.constant.device)
         self.fill(picked, 0, items.side[wanted])
@@ -117,7 +118,7 @@ class TritonEngine:
     def update(
         self, users: Side, items: Items, offset: int, seen: Jagged, best: Best, deep: bool = True
     ) -> None:
-        """Runs items past users; see `Engine`."""
+        """Ranks items for users; see `Engine`."""
         n, k = best.scores.shape
         if k > MOST_K:
             self._update_from_scores(users, items, offset, seen, best, deep)
@@ -147,7 +148,7 @@ class TritonEngine:
     def update_of_candidates(
         self, users: Side, items: Items, offset: int, candidates: Tensor, best: Best
     ) -> None:
-        """Runs each user's own items past it; see `Engine`."""
+        """Ranks each user's own items; see `Engine`."""
         n, columns = candidates.shape
         candidates = candidates.contiguous()
         if best.scores.shape[1] > MOST_K:
@@ -173,7 +174,7 @@ class TritonEngine:
         scores[:], positions[:] = best_of_keys(keys, scores.shape[1])
 
     def _splits(self, n_users: int, columns: int) -> tuple[int, int]:
-        """In how many parts the catalogue is taken, and how many columns each has."""
+        """The number of splits of the catalogue, and the number of columns of each."""
         wanted = -(-PROGRAMS * USERS // max(n_users, 1))
         tiles = -(-columns // ITEM_TILE)
         width = -(-tiles // min(wanted, tiles)) * ITEM_TILE
@@ -237,6 +238,6 @@ def _pad(matrix: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _columns(factors: Tensor) -> int:
-    """D in whole steps, or the power of two that holds it."""
+    """The padded dimension: a multiple of `DIM_STEP`, or a smaller power of two."""
     dim = factors.shape[1]
     return round_up(dim, power_of_two(dim, DIM_STEP, 1)) if dim else 0

@@ -1,13 +1,14 @@
 """Scores, mask and running top-K of user-item pairs in one pass over the catalogue, on CUDA.
 
-A program takes a few users past a range of the catalogue, a tile of items at a time. The first
-layer is a sum of what is there for the user and for the item, so that a tile's work begins with
-``relu(u + i)``; the layers above it are products of ``[pairs, inputs]`` with weights that tensor
-cores make. Hidden units stay in registers, scores become keys that hold score and position, and a
-tile's keys go one by one among a user's best, which few do: no matrix of scores is ever in memory.
+A program ranks a range of the catalogue for a few users, one tile of items at a time. The first
+layer is the sum of precomputed parts of the user and the item, so a tile starts with
+``relu(u + i)``; the layers above it are matrix products of ``[pairs, inputs]`` and the weights, on
+tensor cores. Hidden units stay in registers. Each score is packed with its position into a 64-bit
+key, and the few keys of a tile that exceed a user's current worst replace it, one at a time. The
+matrix of scores is never in memory.
 
-A score is one fixed chain of products and sums. Which user, item, tile or launch it is computed
-in does not change a bit of it.
+The order of operations within a score is fixed, so its bits do not depend on the tile, the split or
+the launch that computes it.
 """
 
 import itertools
@@ -22,19 +23,19 @@ from deepfm_dist.ranking.topk import NO_KEY
 from deepfm_dist.ranking.types import Precision
 
 ITEM_TILE = 128
-"""Items that what pads a catalogue fills up to; a tile has a part of it."""
+"""The catalogue is padded to a multiple of this many items; tiles are smaller and divide it."""
 USERS = 4
-"""Users of a tile."""
+"""Users per tile."""
 STEP = 16
-"""Units of the first layer that are made at a time; twice as many where registers allow."""
+"""Units of the first layer computed per iteration; twice as many where registers allow."""
 DIM_STEP = 32
-"""Numbers of factor vectors that are multiplied at a time."""
+"""Dimensions of factor vectors multiplied per iteration."""
 HELD_BYTES = 2048
-"""Of a pair's units in layers between the first and the last, two in a row: registers hold them."""
+"""Limit per pair for the units of two adjacent middle layers, which registers must hold."""
 MOST_K = 512
-"""Items per user that registers hold; more are taken from scores in memory."""
+"""Largest K that registers hold; for more, scores are written to memory."""
 RESIDENT_BYTES = 1 << 16
-"""Weights that may stay on chip from tile to tile; more are read again for each."""
+"""Weights up to this size may stay on chip between tiles; larger ones are read for each tile."""
 
 _NONE = tl.constexpr(NO_KEY)
 _FULL = tl.constexpr(2**63 - 1)
@@ -42,17 +43,17 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class TileConfig(NamedTuple):
-    """How a model's hidden layers are cut; each is padded by units of zero.
+    """How a model's hidden layers are divided into blocks. Layers are padded with zero units.
 
     Attributes:
-        units: the first layer's.
-        middle: of each layer between the first and the last, which are held whole, its blocks.
-        last: the last layer's units; 0 where that is the first.
-        chunk: of these at a time.
-        pairs: of a tile.
-        streamed: whether weights are read for each tile.
-        stages: loads of weights under way in a loop.
-        step: units of the first layer that are made at a time.
+        units: units of the first layer.
+        middle: block sizes of each layer between the first and the last; registers hold all blocks.
+        last: units of the last layer; 0 if there is only one layer.
+        chunk: units of the last layer computed per iteration.
+        pairs: user-item pairs per tile.
+        streamed: whether weights are read again for each tile.
+        stages: pipeline stages of the loops that load weights.
+        step: units of the first layer computed per iteration.
     """
 
     units: int
@@ -66,21 +67,21 @@ class TileConfig(NamedTuple):
 
     @classmethod
     def of(cls, sizes: Sequence[int], precision: Precision) -> "TileConfig":
-        """For hidden layers of some sizes; benchmarks/compiled_kernels.py shows what they spill."""
+        """The configuration for layer sizes; benchmarks/compiled_kernels.py counts spills."""
         if not sizes:
             return cls(0, (), 0, 0, 128, streamed=False, stages=1)
         kind, half = weight_dtype(precision), precision == "bf16"
         holds_two = len(sizes) > 3
         chunk = power_of_two(sizes[-1], 64 if half else 32) if len(sizes) > 1 else 0
-        # Of two layers held at once, smaller blocks leave more registers to spare.
+        # If two layers are held at once, smaller blocks leave more registers free.
         block = (64 if half else 16) if holds_two else (128 if half else 64)
         middle = tuple(_blocks(size, block) for size in sizes[1:-1])
-        # Tensor cores take 64 rows at a time; 128 halve the traffic of weights, if they fit.
+        # Tensor cores take 64 rows at a time; 128 halve the reads of weights, if they fit.
         fit = _held(sizes) * kind.itemsize <= 1024 and not (holds_two and precision == "fp32")
         n_weights = sum(round_up(a, 16) * round_up(b, 16) for a, b in itertools.pairwise(sizes))
-        # In fp32 each is stored twice, as tf32 and its remainder.
+        # In fp32, each weight is stored twice: in tf32, and the remainder.
         streamed = n_weights * (2 if half else 8) > RESIDENT_BYTES
-        # These spill less, or nothing, with half the units.
+        # Half the units per iteration reduce or avoid register spills in these cases.
         is_narrow = precision == "tf32" or (precision == "fp32" and streamed)
         step = STEP if is_narrow and not holds_two else 2 * STEP
         return cls(
@@ -100,11 +101,11 @@ class TileConfig(NamedTuple):
         return [n for n in (self.units, *map(sum, self.middle), self.last) if n]
 
     def options(self, deep: bool, dim: int, k: int) -> dict[str, Any]:
-        """What the kernel is compiled for.
+        """The kernel's compile-time constants.
 
         Args:
-            deep: whether the over-arch counts.
-            dim: padded numbers of a factor vector.
+            deep: whether to add the over-arch's logits.
+            dim: padded dimension of factor vectors.
             k: items per user.
         """
         middle = [*self.middle, (), ()]
@@ -128,14 +129,14 @@ class TileConfig(NamedTuple):
 
     @property
     def leaner(self) -> "TileConfig | None":
-        """One that takes less of the chip and gives the same scores; or None."""
+        """A configuration with fewer pairs per tile and the same scores; None at the smallest."""
         if self.pairs == 16:
             return None
         return self._replace(pairs=self.pairs // 2, stages=1)
 
 
 def unsupported_reason(sizes: Sequence[int], precision: Precision) -> str | None:
-    """Why hidden layers of some sizes are not for this kernel; None: they are."""
+    """Why this kernel does not support hidden layers of these sizes; None if it does."""
     most = HELD_BYTES // weight_dtype(precision).itemsize
     if len(sizes) > 4:
         return f"the over-arch has {len(sizes)} hidden layers, more than 4"
@@ -145,12 +146,12 @@ def unsupported_reason(sizes: Sequence[int], precision: Precision) -> str | None
 
 
 def weight_dtype(precision: Precision) -> torch.dtype:
-    """In which the weights of the over-arch's products are kept."""
+    """The dtype of the over-arch's weights."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def _held(sizes: Sequence[int]) -> int:
-    """Units that are held at once."""
+    """The most units that registers hold at once."""
     middle = [round_up(size, 16) for size in sizes[1:-1]]
     return max((a + b for a, b in itertools.pairwise([0, *middle])), default=0)
 
@@ -166,7 +167,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def _blocks(n: int, most: int) -> tuple[int, ...]:
-    """Powers of two whose sum is n, rounded up to a multiple of 16."""
+    """Powers of two, 16 or more, whose sum is n rounded up to a multiple of 16."""
     n, sizes = round_up(n, 16), []
     for size in (128, 64, 32, 16):
         if size <= most:
@@ -190,7 +191,7 @@ def _first_layer(
     user_hidden, item_hidden, user, item, begin,
     UNITS: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """``STEP`` units of the first layer from ``begin`` on: ``[pairs, STEP]``."""
+    """Computes ``STEP`` units of the first layer, starting at ``begin``: ``[pairs, STEP]``."""
     unit = begin + tl.arange(0, STEP)
     u = tl.load(user_hidden + user[:, None] * UNITS + unit[None, :])
     i = tl.load(item_hidden + item[:, :, None] * UNITS + unit[None, None, :])
@@ -202,11 +203,11 @@ def _add(
     x, weights, begin, out, sums,
     INPUTS: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the products of N inputs from ``begin`` on; weights are ``[outputs, INPUTS]``."""
+    """Adds the products of N inputs, starting at ``begin``; weights are ``[outputs, INPUTS]``."""
     inputs = begin + tl.arange(0, N)
     w = tl.load(weights + out[None, :] * INPUTS + inputs[:, None])
     x = x.to(w.dtype)
-    if _INTERPRETED:  # the interpreter takes bfloat16 for integers; products are the same
+    if _INTERPRETED:  # the interpreter treats bfloat16 as integers; products are the same
         x, w = x.to(tl.float32), w.to(tl.float32)
     return tl.dot(x, w, sums, input_precision=PRECISION)
 
@@ -217,7 +218,7 @@ def _second_layer(
     UNITS: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """N units of the second layer from ``begin`` on, the first layer's made on the way."""
+    """Computes N units of the second layer, starting at ``begin``, and its inputs on the fly."""
     out = begin + tl.arange(0, N)
     sums = tl.zeros((PAIRS, N), tl.float32) + tl.load(biases + out)[None, :]
     for k in tl.range(0, UNITS, STEP, num_stages=STAGES):
@@ -231,7 +232,7 @@ def _next_layer(
     x, weights, biases, begin,
     BLOCKS: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """N units from ``begin`` on of a layer above one that is held in blocks."""
+    """Computes N units, starting at ``begin``, of a layer whose inputs are held in blocks."""
     out = begin + tl.arange(0, N)
     sums = tl.zeros((PAIRS, N), tl.float32) + tl.load(biases + out)[None, :]
     for b in tl.static_range(len(BLOCKS)):
@@ -248,7 +249,7 @@ def _over_arch(
     LAST: tl.constexpr, CHUNK: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, LAST_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What the over-arch adds to the logits: ``[pairs]``."""
+    """The over-arch's share of the logits: ``[pairs]``."""
     total = tl.zeros((PAIRS,), tl.float32)
     if LAST == 0:
         for k in tl.range(0, UNITS, STEP):
@@ -262,7 +263,7 @@ def _over_arch(
                 user_hidden, item_hidden, user, item, weights, biases, _begin(SECOND, b),
                 UNITS, STEP, SECOND[b], PAIRS, PRECISION, STAGES,
             )  # fmt: skip
-            x = x + (units.to(kind),)  # noqa: RUF005  (Triton knows no star)
+            x = x + (units.to(kind),)  # noqa: RUF005  (Triton has no star)
         if len(SECOND) > 0:
             weights += _size(SECOND) * UNITS
             biases += _size(SECOND)
@@ -289,8 +290,8 @@ def _over_arch(
     return total
 
 
-# Triton would compile it again whenever a size becomes 1 or a multiple of 16, or ceases to be one,
-# as the number of users does with every last block.
+# Triton specialises on whether an integer is 1 or a multiple of 16, and would recompile for the
+# last block of users, whose size differs.
 @triton.jit(do_not_specialize=["n_users", "n_items", "columns", "offset", "k"])
 def rank_pairs(
     user_constant, user_factors, user_hidden, item_constant, item_factors, item_hidden,
@@ -303,19 +304,19 @@ def rank_pairs(
     OF_CANDIDATES: tl.constexpr, KEEP_SCORES: tl.constexpr, STAGES: tl.constexpr,
     LAST_STAGES: tl.constexpr, STREAMED: tl.constexpr,
 ):  # fmt: skip
-    """Takes ``USERS`` users past ``columns_per_split`` items, or candidates of their own.
+    """Ranks ``columns_per_split`` items, or each user's own candidates, for ``USERS`` users.
 
     Sides are padded to whole tiles: constants ``[n]``, factors ``[n, DIM]``, hidden
-    ``[n, UNITS]``. ``weights`` and ``biases`` are those of the layers above the first, ``[outputs,
-    inputs]`` each, one after the other; ``output`` is the last one's. ``candidates`` are ``[users,
-    columns]`` positions. ``seen`` are positions less ``offset``, ascending for each user, from
-    ``seen_begins[split, user]`` to ``seen_ends[user]``. Written are ``keys``, ``[splits, users,
-    k]``, the best in no order, or with KEEP_SCORES ``scores_out``, ``[users, columns]``.
+    ``[n, UNITS]``. ``weights`` (``[outputs, inputs]`` each) and ``biases`` of the layers above the
+    first are concatenated; ``output`` has the weights of the logit. ``candidates`` are positions,
+    ``[users, columns]``. ``seen`` has positions minus ``offset``, ascending for each user, from
+    ``seen_begins[split, user]`` to ``seen_ends[user]``. Writes ``keys``, ``[splits, users, k]``,
+    the best in any order, or with KEEP_SCORES ``scores_out``, ``[users, columns]``.
     """
     user = (tl.program_id(0) * USERS + tl.arange(0, USERS)).to(tl.int64)
     split = tl.program_id(1)
     lane = tl.arange(0, K).to(tl.int64)
-    # Empty places are distinct, so that one at a time is the least; unused ones never are.
+    # Empty slots differ, so that only one at a time is the least; slots from k on never are.
     best = tl.where(lane < k, _NONE + 1 + lane, _FULL)[None, :] + tl.zeros((USERS, K), tl.int64)
     least = tl.min(best, 1)
     if not OF_CANDIDATES and not KEEP_SCORES:
@@ -340,7 +341,7 @@ def rank_pairs(
         if UNITS > 0:
             nought = 0
             if STREAMED:
-                # The compiler does not know, and so keeps no weights in registers for all tiles.
+                # Always 0, but unknown to the compiler: it cannot keep weights in registers.
                 nought = tl.multiple_of(tl.minimum(begin, 0), 16)
             scores += _over_arch(
                 user_hidden, item_hidden, user, item,
