@@ -598,6 +598,7 @@ def _clicks_manifest(
     [
         (5_000, 256, [64, 64]),
         (120_000, 2048, [128, 128, 128]),
+        (400_000, 8192, [256, 256, 256]),
         (1_300_000, 8192, [400, 400, 400]),
         (40_000_000, 8192, [400, 400, 400]),
     ],
@@ -619,14 +620,31 @@ def test_labelled_rows_scale_the_model_and_its_training(
     assert [*resolved.model.over_arch_layer_sizes] == layers
     assert (resolved.model.dropout, resolved.model.batch_norm) == (0.2, True)
     assert resolved.model.init_at_mean
-    assert resolved.model.linear == ("logistic" if is_few else "none")
-    assert resolved.trainer.refit_best == is_few
+    has_folds = rows < 300_000
+    assert resolved.model.linear == ("logistic" if has_folds else "none")
+    assert resolved.trainer.refit_best == has_folds
     reasons = {choice.setting: choice.reason for choice in choices}
     assert reasons["optimizer.dense.lr"] == f"0.001 * sqrt({batch_size} / 4096)"
     assert reasons["optimizer.tables.l2"] == (
         f"{'1 * 1 field' if is_few else '500'} / {rows:,} training rows"
     )
     assert reasons["trainer.patience"] == "validations without a better log loss"
+
+
+def test_many_labelled_rows_have_a_fitted_start_only_with_models_of_folds(
+    sample: PreparedDataset,
+) -> None:
+    for refit, rows, expected in (
+        (False, 99_999, "logistic"),
+        (False, 100_000, "none"),
+        (True, 100_000, "logistic"),
+    ):
+        config = _clicks(trainer={"refit_best": refit})
+        resolved, _ = resolve(config, _clicks_manifest(sample, config, rows))
+        assert resolved.model.linear == expected
+    config = _clicks(model={"deep": False})  # an FM, as those next to the DeepFMs of folds
+    tables = resolve(config, _clicks_manifest(sample, config, 200_000))[0].optimizer.tables
+    assert (tables.lr, tables.l2) == (0.005, 5e-6)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ ensembles, cross validation, and active learning", 1995, for the mean of the mod
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -41,7 +41,7 @@ from deepfm_dist.log import MetricsLog
 from deepfm_dist.messages import plural
 from deepfm_dist.model.deepfm import VECTOR_FACTORS
 from deepfm_dist.model.over_arch import OverArch
-from deepfm_dist.recipe import STEPS_TO_BEST
+from deepfm_dist.recipe import STEPS_TO_BEST, tables_of_fm
 from deepfm_dist.training.evaluation import BLOCK_ROWS, collate_rows
 from deepfm_dist.training.state import LoopState
 from deepfm_dist.training.trainer import Hooks, Trainer
@@ -93,12 +93,14 @@ class CrossFitting:
         dataset: the data.
         world: the ranks.
         asked_to_stop: whether this process was asked to.
+        chosen: names of the settings that the recipe chose.
     """
 
     config: Config
     dataset: PreparedDataset
     world: World
     asked_to_stop: Callable[[], bool]
+    chosen: Collection[str] = ()
 
     def mean(self, best_step: int) -> Mean | None:
         """Trains the models and puts them together; None: a signal stopped it.
@@ -108,7 +110,7 @@ class CrossFitting:
                 least `STEPS_TO_BEST`, but no more than the loop may: shares are chosen afterwards.
         """
         config, world, columns = self.config, self.world, self._columns()
-        rows, kinds, steps = Rows.of(columns), kinds_of(config), self._steps(best_step)
+        rows, kinds, steps = Rows.of(columns), self._kinds(), self._steps(best_step)
         fold_of = folds(rows.n)
         if world.is_first:
             models, each = plural(FOLDS * len(kinds), "model"), plural(steps, "step")
@@ -138,6 +140,13 @@ class CrossFitting:
         _apply(wide, means, shares, float(starts.constants.mean()))
         text = f"mean of {FOLDS} folds' models, of {plural(rows.n, 'row')} in all: {text}"
         return Mean(wide, optimizer, steps, text)
+
+    def _kinds(self) -> list[Config]:
+        """`kinds_of`; FMs next to DeepFMs have what the recipe chooses for an FM."""
+        first, *others = kinds_of(self.config)
+        for_fm = tables_of_fm(self.dataset.manifest)
+        for_fm = {name: value for name, value in for_fm.items() if name in self.chosen}
+        return [first, *(with_settings(fm, for_fm) for fm in others)]
 
     def _steps(self, best_step: int) -> int:
         """Of each model."""

@@ -189,7 +189,8 @@ class Finish:
 
     def _cross_fit(self, step: int) -> bool:
         """Saves the mean of the models of the folds; False if a signal stopped it."""
-        fitting = CrossFitting(self.config, self.dataset, self.world, self.asked_to_stop)
+        chosen = {choice.setting for choice in self.choices}
+        fitting = CrossFitting(self.config, self.dataset, self.world, self.asked_to_stop, chosen)
         mean = fitting.mean(step)
         if mean is None:
             return False

@@ -50,6 +50,24 @@ def _logits(model: DistributedModelParallel, world: World, dataset: PreparedData
     return rows.logits
 
 
+def test_fms_of_many_rows_have_what_the_recipe_chooses_for_an_fm(sample: PreparedDataset) -> None:
+    config = with_settings(
+        config_from({"data": sample.manifest.data}),
+        {"optimizer.tables": {"name": "adam", "lr": 0.0007, "l2": 0.005}, "model.deep": True},
+    )
+    fields, n = len(sample.manifest.features), sample.manifest.splits["train"].rows
+
+    def rates(*chosen: str) -> list[tuple[float, float]]:
+        fitting = CrossFitting(config, sample, None, lambda: False, chosen)  # type: ignore[arg-type]
+        tables = [kind.optimizer.tables for kind in fitting._kinds()]
+        return [(each.lr, each.l2) for each in tables]
+
+    both = rates("optimizer.tables.lr", "optimizer.tables.l2")
+    assert both == [(0.0007, 0.005), (0.005, pytest.approx(fields / n, rel=0.05))]
+    assert rates("optimizer.tables.lr")[1] == (0.005, 0.005)  # the L2 was typed
+    assert rates() == [(0.0007, 0.005)] * 2
+
+
 def _agrees_with_its_parts(folder: Path) -> str:
     config = _config(folder)
     text = _text(config)
