@@ -43,7 +43,7 @@ def fit_to_activity(
 
     With the log rate x of a row's user, the scores z and labels y of training rows, positives and
     newly drawn negatives, it fits ``y ~ sigmoid(z + shift(x))``, piecewise linear in x, by
-    maximum likelihood. All ranks.
+    maximum likelihood, with the rows' weights. All ranks.
 
     Args:
         rate: at which negatives are drawn.
@@ -61,30 +61,34 @@ def fit_to_activity(
         logits = world.to_host(score(batch.to(world.device))).numpy()
         real = batch.weights.numpy() > 0
         if block < n_blocks:
-            pieces.append((users[real], logits[real], batch.labels.numpy()[real]))
+            rows = users, logits, batch.labels.numpy(), batch.weights.numpy()
+            pieces.append(tuple(column[real] for column in rows))
     gathered = world.gather_object(pieces)
     fitted = None
     if gathered is not None:
         rows = zip(*(piece for from_rank in gathered for piece in from_rank), strict=True)
-        users, logits, labels = map(np.concatenate, rows)
-        fitted = _fit(rate.log_of_user[users], logits, labels)
+        users, logits, labels, weights = map(np.concatenate, rows)
+        fitted = _fit(rate.log_of_user[users], logits, labels, weights / weights.mean())
     fitted = world.broadcast(fitted)
     assert fitted is not None
     return rate.shifted(*fitted)
 
 
 def _fit(
-    log_rates: FloatArray, logits: npt.NDArray[np.float32], labels: npt.NDArray[np.float32]
+    log_rates: FloatArray,
+    logits: npt.NDArray[np.float32],
+    labels: npt.NDArray[np.float32],
+    weights: npt.NDArray[np.float32],
 ) -> tuple[FloatArray, FloatArray]:
-    """``[n]`` ascending log rates and the shift at each; arguments ``[rows]``."""
+    """``[n]`` ascending log rates and the shift at each; arguments ``[rows]``, mean weight 1."""
     knots = _knots(log_rates, labels)
     identity = np.eye(len(knots))
     basis = np.stack([np.interp(log_rates, knots, column) for column in identity], 1)
     shifts = np.zeros(len(knots))
     for _ in range(20):
         predicted = probabilities(logits + basis @ shifts)
-        gradient = basis.T @ (labels - predicted) - PRECISION * shifts
-        curvature = (basis * (predicted * (1 - predicted))[:, None]).T @ basis
+        gradient = basis.T @ (weights * (labels - predicted)) - PRECISION * shifts
+        curvature = (basis * (weights * predicted * (1 - predicted))[:, None]).T @ basis
         step = np.linalg.solve(curvature + PRECISION * identity, gradient)
         shifts += np.clip(step, -1, 1)
         if np.abs(step).max() < 10.0 ** -(_DIGITS + 1):

@@ -16,6 +16,7 @@ from deepfm_dist.errors import ConfigError
 from deepfm_dist.jobs.predict import predict
 from deepfm_dist.jobs.recommend import recommend
 from deepfm_dist.jobs.train import train
+from deepfm_dist.training.activity import _fit
 from tests.data.small_logs import USER_AND_ITEM, made_of
 from tests.ranks import run_in_fork
 
@@ -139,3 +140,17 @@ def test_probabilities_are_those_of_the_generator(tmp_path: Path) -> None:
     np.testing.assert_allclose(both["probability"], both["probability_of_row"], rtol=1e-4)
     ranks = pd.read_parquet(tmp_path / "ranks.parquet")
     assert ranks["probability"].isna().all() and ranks["score"].notna().all()
+
+
+def test_rows_count_by_their_weights_in_the_shifts_by_activity() -> None:
+    rng = np.random.default_rng(1)
+    logits, labels = rng.normal(size=500).astype(np.float32), rng.random(500) < 0.3
+    weights = rng.integers(0, 4, 500)
+    repeated = np.arange(500).repeat(weights)
+    for rows, times in ((np.arange(500), weights), (repeated, np.ones(len(repeated)))):
+        y = labels[rows].astype(np.float32)
+        knots, [shift] = _fit(np.zeros(len(rows)), logits[rows], y, times.astype(np.float32))
+        assert knots.tolist() == [0.0]
+        # The maximum of the likelihood, with a normal prior of precision 10.
+        predicted = 1 / (1 + np.exp(-logits[repeated] - shift))
+        assert (labels[repeated] - predicted).sum() == pytest.approx(10 * shift, abs=0.2)
