@@ -61,8 +61,8 @@ def fit_to_activity(
         logits = world.to_host(score(batch.to(world.device))).numpy()
         real = batch.weights.numpy() > 0
         if block < n_blocks:
-            rows = users, logits, batch.labels.numpy(), batch.weights.numpy()
-            pieces.append(tuple(column[real] for column in rows))
+            columns = users, logits, batch.labels.numpy(), batch.weights.numpy()
+            pieces.append(tuple(column[real] for column in columns))
     gathered = world.gather_object(pieces)
     fitted = None
     if gathered is not None:
