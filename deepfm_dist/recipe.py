@@ -51,7 +51,7 @@ has two layers.
 """
 MOST_LABELLED_ROWS_OF_FOLDS = 300_000
 """Below this many labelled rows, the default is a mean of models of folds. They are better than one
-model on more rows, too, but take four to seven times its time, minutes from here on."""
+model on more rows, too, but take four to nine times its time, minutes from here on."""
 PRECISION_PER_FIELD, PRECISION_FROM_START, PRECISION_OF_MANY_ROWS = 5, 1, 500
 """1 / variance of the normal prior on the tables' elements where rows have labels. A row's log-odds
 are a sum over its fields, so that with more fields each has to vary less. From a fitted start it
