@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchrec import KeyedTensor
 
 from deepfm_dist.build import shard_for_training, training_batches
 from deepfm_dist.config import Config
@@ -18,7 +19,7 @@ from deepfm_dist.data.dataset import PreparedDataset
 from deepfm_dist.distributed.pipeline import TrainPipeline
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.sharding import set_table_steps
-from deepfm_dist.model import kernels
+from deepfm_dist.model import deepfm, kernels
 from deepfm_dist.model.dropout import begin_step, row_dropouts
 from tests.conftest import HISTORY
 from tests.ranks import run_alone, run_ranks
@@ -200,6 +201,18 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.counts[str(func)] += 1
         return func(*args, **(kwargs or {}))
+
+
+def test_looked_up_rows_are_only_permuted_where_their_order_differs() -> None:
+    pooled = KeyedTensor(["a", "b"], [4, 4], torch.arange(16.0).view(2, 8))
+    with Operations() as found:
+        assert deepfm._in_order(pooled, ["a", "b"]) is pooled.values()
+    assert found.counts == {}
+    swapped = deepfm._in_order(pooled, ["b", "a"])  # makes the permutation, which is kept
+    assert swapped.tolist() == [[4, 5, 6, 7, 0, 1, 2, 3], [12, 13, 14, 15, 8, 9, 10, 11]]
+    with Operations() as found:
+        deepfm._in_order(pooled, ["b", "a"])
+    assert [name for name in found.counts if "permute_pooled" not in name] == []
 
 
 def operations(folder: Path, config: Config, overlapped: bool) -> dict[str, int]:
