@@ -13,6 +13,7 @@ genres) are generated once. Every contestant has factors of 10 and the same laye
 - steps: windows of steps in one process, ours and TorchRec's pipeline on the same model: rows/s,
   host and device milliseconds of a step, and the share of the time in which the device works;
 - plain: one embedding table, fused Adam, negatives and order drawn by numpy for an epoch at a time;
+  ours and plain take turns, and medians are reported;
 - rivals: each with its own loader, on rows whose negatives are drawn already.
 """
 
@@ -212,6 +213,33 @@ def plain(data: Data, drawn: Rows, drawing_s: float, args: argparse.Namespace) -
 
     seconds = timed(step, n)
     return n * size / (seconds + drawing_s * n * size / data.rows_per_epoch)
+
+
+def against_plain(
+    first: float, config: Path, data: Data, drawn: Rows, drawing_s: float, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Ours and plain PyTorch in turns: a machine that others use changes its speed in seconds.
+
+    Args:
+        first: rows/s of ours in the first round.
+        config: the configuration of ours.
+        data: the data.
+        drawn: rows of an epoch.
+        drawing_s: seconds that drawing them took.
+        args: the command line.
+
+    Returns:
+        Medians of the rows/s of both, and each round's ratio.
+    """
+    speeds = [(first, plain(data, drawn, drawing_s, args))]
+    for _ in range(args.rounds - 1):
+        speeds.append((ours(config, args, 1), plain(data, drawn, drawing_s, args)))
+    medians = [round(statistics.median(each)) for each in zip(*speeds, strict=True)]
+    return {
+        "rows_per_s": medians[0],
+        "plain_rows_per_s": medians[1],
+        "against_plain": sorted(round(a / b, 3) for a, b in speeds),
+    }
 
 
 @dataclass
@@ -562,6 +590,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--ranks", default="1", help="numbers of ranks for ours: 1,2,4")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="turns of ours and plain PyTorch, if both run"
+    )
     parser.add_argument("--steps", type=int, help="timed steps (default: about two million rows)")
     parser.add_argument("--rival-rows", type=int, help="rows that a rival's timed pass has")
     parser.add_argument("--rivals", type=Path, default=Path(".venv-rivals"), metavar="FOLDER")
@@ -622,7 +653,16 @@ def main() -> None:
         report["steps"] = steps_compared(config, data, drawn, args)
         for name, figures in report["steps"].items():
             print(f"steps, {name}: {', '.join(f'{k} {v:,}' for k, v in figures.items())}")
-    if "plain" in args.only:
+    if "plain" in args.only and "rows_per_s" in report:
+        report |= against_plain(ours_alone, config, data, drawn, drawing_s, args)
+        ratios = report["against_plain"]
+        print(
+            f"ours and plain PyTorch in turns, medians of {len(ratios)}: "
+            f"{report['rows_per_s']:,} and {report['plain_rows_per_s']:,} rows/s; ratio "
+            f"{statistics.median(ratios):.2f}, from {ratios[0]:.2f} to {ratios[-1]:.2f}",
+            flush=True,
+        )
+    elif "plain" in args.only:
         report["plain_rows_per_s"] = round(plain(data, drawn, drawing_s, args))
         print(f"plain PyTorch: {report['plain_rows_per_s']:,} rows/s", flush=True)
     python = args.rivals.absolute() / "bin" / "python"
