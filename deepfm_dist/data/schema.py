@@ -558,7 +558,7 @@ class Split(Section):
         return int(value) if value >= 1 else round(n * value)
 
     def larger(self, name: str) -> str:
-        """The setting to change where ``valid`` or ``test`` holds out no row."""
+        """The override to try where ``valid`` or ``test`` holds out no row."""
         share = getattr(self, name)
         if self.method == "leave_last":
             return "data.split.method=random" if share else f"data.split.{name}=1"

@@ -140,7 +140,7 @@ def figures_of(sums: FloatArray) -> dict[str, float]:
 
 
 def order_figures(figures: Mapping[str, float]) -> dict[str, float]:
-    """The figures that depend only on the order of scores, which need not be log-odds for them."""
+    """The figures that depend only on the order of the scores: all but `PROBABILITY_FIGURES`."""
     return {
         name: value
         for name, value in figures.items()
