@@ -31,13 +31,7 @@ from deepfm_dist.recipe import (
 )
 from deepfm_dist.section import Section
 from deepfm_dist.setting_errors import config_error
-from deepfm_dist.storage import (
-    folder_of,
-    is_remote,
-    option_of,
-    path_or_url,
-    storage_errors_to_user,
-)
+from deepfm_dist.storage import folder_of, is_remote, option_of, path_or_url, storage_errors_to_user
 from deepfm_dist.training.settings import NightlyConfig, TrainerConfig, TuneConfig
 from deepfm_dist.typed_yaml import (
     DuplicateKeyError,
@@ -98,11 +92,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _model_fits_the_loss(self) -> Self:
         setting = f"trainer.loss={self.trainer.loss}"
-        if self.trainer.loss == "bce":
-            return self
-        if self.data.task == "ctr":
+        if self.data.task == "ctr" and self.trainer.loss != "bce":
             raise ValueError(f"{setting}: needs positives (data.task=implicit), not labelled rows")
-        if not self.model.deep:
+        if self.trainer.loss == "bce" or not self.model.deep:
             return self
         if self.model.over_arch != "mlp":
             raise ValueError(
@@ -246,10 +238,10 @@ def config_from(
 
 
 def with_settings(config: Config, settings: Mapping[str, Any], origin: str = "config") -> Config:
-    """The configuration with some settings changed.
+    """A copy of the configuration with some settings changed.
 
     Args:
-        config: not modified.
+        config: the configuration.
         settings: values by dotted name.
         origin: the origin of the settings, for messages.
 
@@ -263,7 +255,10 @@ def with_settings(config: Config, settings: Mapping[str, Any], origin: str = "co
 
 
 def resolve(
-    config: Config, manifest: Manifest, saved: Mapping[str, Any] | None = None
+    config: Config,
+    manifest: Manifest,
+    saved: Mapping[str, Any] | None = None,
+    chosen: Sequence[Choice] = (),
 ) -> tuple[Config, list[Choice]]:
     """The configuration with all ``auto`` settings decided by the recipe.
 
@@ -272,12 +267,13 @@ def resolve(
         manifest: the manifest of the prepared data.
         saved: settings of the resumed run, which take precedence over the recipe: another machine
             or version may choose differently.
+        chosen: what was chosen when that run started.
 
     Returns:
         The configuration, and the choices with their reasons.
     """
     if saved is not None:
-        config = with_settings(config, saved_choices(config, saved))
+        config = with_settings(config, saved_choices(config, saved, chosen))
     choices = choose(config, manifest)
     decided = dict(config.auto_settings()) | {choice.setting: choice.value for choice in choices}
     return with_settings(config, decided, "chosen for this log"), choices

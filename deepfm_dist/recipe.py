@@ -74,6 +74,7 @@ MOST_ROWS_OF_FOLDS = 300_000
 with Adam's state."""
 CLOSED_FORM_ITEMS = 20_000
 """Maximum number of items for EASE, whose time is cubic in it."""
+DECAY_STEPS = ("optimizer.tables.decay_steps", "optimizer.dense.decay_steps")
 _OF_THE_OVER_ARCH = (
     *("over_arch_layer_sizes", "over_arch", "over_arch_options", "over_arch_init"),
     *("activation", "dropout", "batch_norm"),
@@ -109,6 +110,15 @@ def with_choice(choices: Sequence[Choice], choice: Choice) -> list[Choice]:
     reasons = [each.reason for each in choices if each.setting == choice.setting]
     others = [each for each in choices if each.setting != choice.setting]
     return [*others, replace(choice, reason="; ".join([*reasons, choice.reason]))]
+
+
+def that_hold(
+    earlier: Sequence[Choice], choices: Sequence[Choice], config: Section
+) -> list[Choice]:
+    """The choices of a run that resumes: new ones, and earlier ones that nobody has changed."""
+    tree, new = config.model_dump(mode="json"), {choice.setting for choice in choices}
+    kept = [c for c in earlier if c.setting not in new and value_at(tree, c.setting) == c.value]
+    return [*kept, *choices]
 
 
 def choices_in(state: Mapping[str, Any]) -> tuple[Choice, ...]:
@@ -244,24 +254,29 @@ def _states_an_over_arch(model: Mapping[str, Any]) -> str | None:
     return None
 
 
-def saved_choices(config: Section, saved: Mapping[str, Any]) -> dict[str, Any]:
+def saved_choices(
+    config: Section, saved: Mapping[str, Any], chosen: Sequence[Choice] = ()
+) -> dict[str, Any]:
     """What a continued run keeps of its saved settings where the user leaves them out.
 
     Args:
-        config: the whole configuration.
+        config: the whole configuration; every setting is stated if it is the run's own.
         saved: settings of the run that is continued.
+        chosen: what was chosen when it started.
 
     Returns:
-        Values by dotted name.
+        Values by dotted name; ``auto`` for those to choose again.
     """
     kept = {name: value_at(saved, name, AUTO) for name, _ in config.auto_settings()}
     epochs = _Draft(config).get("trainer.epochs")
     is_longer = "trainer.epochs" not in kept and epochs != value_at(saved, "trainer.epochs")
-    if is_longer and kept.get("optimizer.tables.decay") == "linear":
-        # Chosen again: after the planned epochs the rate is 0.
-        for name in ("decay", "decay_steps"):
-            kept.pop(f"optimizer.tables.{name}", None)
-    return {name: value for name, value in kept.items() if value != AUTO}
+    kept = {name: value for name, value in kept.items() if value != AUTO}
+    if is_longer:  # planned again: after the planned epochs the rate is 0
+        was_chosen = {choice.setting: choice.value for choice in chosen}
+        for name in DECAY_STEPS:
+            if name in kept or _Draft(config).get(name) == was_chosen.get(name, AUTO):
+                kept[name] = AUTO
+    return kept
 
 
 def choose(config: Section, manifest: Manifest) -> list[Choice]:
@@ -292,7 +307,28 @@ def choose(config: Section, manifest: Manifest) -> list[Choice]:
         _for_rows(draft, manifest)
     else:
         _for_users(draft, manifest)
+    for setting in DECAY_STEPS:
+        if draft.get(setting.replace("decay_steps", "decay")) != "constant":
+            draft.choose(setting, *_planned_decay(draft, manifest, setting))
     return draft.choices
+
+
+def _planned_decay(draft: "_Draft", manifest: Manifest, setting: str) -> tuple[int, str]:
+    """The steps of a learning rate's decay: all of training after the warm-up, and why."""
+    epochs, per_epoch = draft.get("trainer.epochs"), _steps_per_epoch(draft, manifest)
+    warm_up = draft.get(setting.replace("decay_steps", "warmup_steps"))
+    after = f" after {plural(warm_up, 'step')} of warm-up" if warm_up else ""
+    planned = f"{plural(epochs, 'epoch')} of {plural(per_epoch, 'step')}{after}"
+    return max(1, epochs * per_epoch - warm_up), planned
+
+
+def _steps_per_epoch(draft: "_Draft", manifest: Manifest) -> int:
+    """Batches of users, or of rows and the negatives drawn for them."""
+    n = _sizes(manifest)[0]
+    if draft.get("trainer.loss") == "bce":
+        drawn = draft.get("data.negatives.per_positive") if manifest.sampled else 0
+        n = max(1, manifest.splits["train"].rows) * (1 + drawn)
+    return math.ceil(n / draft.get("trainer.batch_size"))
 
 
 def _for_rows(draft: "_Draft", manifest: Manifest) -> None:
@@ -500,7 +536,7 @@ def _for_users(draft: "_Draft", manifest: Manifest) -> None:
         min(1024, max(256, 2 ** round(math.log2(n_users / 24)))),
         plural(n_users, "user"),
     )
-    per_epoch = math.ceil(n_users / min(n_users, draft.get("trainer.batch_size")))
+    per_epoch = _steps_per_epoch(draft, manifest)
     steps, why = (1000, "") if is_measured else (200, "; nothing shows when to stop early")
     draft.choose(
         "trainer.epochs",
@@ -521,9 +557,6 @@ def _for_users(draft: "_Draft", manifest: Manifest) -> None:
             draft.choose("optimizer.tables.decay", "constant", why)
         elif is_measured:
             draft.choose("optimizer.tables.decay", "linear", "ranks better than a constant rate")
-        if draft.get("optimizer.tables.decay") != "constant":
-            planned = f"{plural(epochs, 'epoch')} of {plural(per_epoch, 'step')}"
-            draft.choose("optimizer.tables.decay_steps", epochs * per_epoch, planned)
 
 
 def _is_measured(draft: "_Draft", manifest: Manifest) -> bool:

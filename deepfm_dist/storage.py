@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -250,6 +251,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield aside
         with storage_errors_to_user(path):
             remote.fs.put_file(str(aside), remote.path)
+
+
+def crc32(path: Path) -> int:
+    """CRC-32 of a file's bytes."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
 
 
 @contextmanager

@@ -501,7 +501,7 @@ def test_an_override_is_named_where_it_is_to_blame(tmp_path: Path) -> None:
         (["recommend.k=0", "run.seed=2"], "recommend.k=0"),
         (["recommend.k=-1", "recommend.k=0"], "recommend.k=0"),
         (["data.nme=x"], "data.nme=x"),
-        (["optimizer.dense.decay=linear"], "optimizer.dense.decay=linear"),
+        (["optimizer.dense.power=3"], "optimizer.dense.power=3"),
         (
             ["recommend.diversity=0.5", "recommend.candidates=20", "recommend.k=5"],
             "recommend.candidates=20: recommend",

@@ -25,7 +25,7 @@ from deepfm_dist.jobs.evaluate import evaluate
 from deepfm_dist.jobs.recommend import recommend
 from deepfm_dist.jobs.train import train
 from deepfm_dist.ranking.settings import EASE_L2
-from deepfm_dist.recipe import LATEST, choices_in
+from deepfm_dist.recipe import LATEST, Choice, choices_in, that_hold
 from deepfm_dist.runs.start import read_start
 from deepfm_dist.runs.trained import find_run
 from deepfm_dist.storage import delete_tree
@@ -231,12 +231,35 @@ def test_the_rate_falls_over_all_epochs(sample: PreparedDataset) -> None:
     saved, longer = first.model_dump(mode="json"), first.trainer.epochs + 5
     more, _ = resolve(_config(trainer={"epochs": longer}), manifest, saved)
     assert more.optimizer.tables.decay_steps == longer * steps_per_epoch
+    # And where its own settings, all of them stated, are given by --run.
+    own = first.model_copy(update={"trainer": first.trainer.model_copy(update={"epochs": longer})})
+    chosen = [Choice("optimizer.tables.decay_steps", tables.decay_steps, "")]
+    more, again = resolve(own, manifest, saved, chosen)
+    assert more.optimizer.tables.decay_steps == longer * steps_per_epoch
+    epochs = Choice("trainer.epochs", first.trainer.epochs, "")
+    assert again[0] in (held := that_hold([epochs, *chosen], again, more))
+    assert not {epochs, *chosen} & {*held}
+    typed, _ = resolve(own, manifest, saved, ())
+    assert typed.optimizer.tables.decay_steps == tables.decay_steps
     constant = _config(optimizer={"tables": {"decay": "constant"}})
     assert resolve(constant, manifest)[0].optimizer.tables.decay_steps is None
     split = {"method": "leave_last", "valid": 1, "test": 1}
     later = _config(data={"interactions": {**ROWS, "time": "time"}, "split": split})
     assert later.data.history.targets == "later"
     assert resolve(later, manifest)[0].optimizer.tables.decay == "constant"
+
+
+def test_a_decay_without_a_length_is_over_all_epochs(sample: PreparedDataset) -> None:
+    loop = {"loss": "bce", "epochs": 3, "batch_size": 1_000}
+    parts = {"tables": {"decay": "cosine"}, "dense": {"decay": "linear", "warmup_steps": 50}}
+    config = _config(trainer=loop, optimizer=parts, data={"negatives": {"per_positive": 4}})
+    resolved, choices = resolve(config, _manifest(sample, config, rows=29_999))
+    steps = 3 * 150  # of 29,999 positives and four negatives of each
+    assert resolved.optimizer.tables.decay_steps == steps
+    assert resolved.optimizer.dense.decay_steps == steps - 50
+    reasons = {choice.setting: choice.reason for choice in choices}
+    assert reasons["optimizer.tables.decay_steps"] == "3 epochs of 150 steps"
+    assert resolve(_config(), _manifest(sample, _config()))[0].optimizer.dense.decay_steps is None
 
 
 def test_the_sample_leaves_its_recipe_open() -> None:

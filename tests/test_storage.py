@@ -1,6 +1,7 @@
 """Folders of a run on a disk; tests/launch/test_object_store.py has those behind a URL."""
 
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from deepfm_dist.errors import ConfigError, DeepFMError
 from deepfm_dist.messages import brief
 from deepfm_dist.storage import (
     atomic_write,
+    crc32,
     delete_tree,
     folder_of,
     is_of_storage,
@@ -66,3 +68,9 @@ def test_a_folder_in_the_place_of_a_file_is_named_with_what_to_do(tmp_path: Path
         atomic_write(tmp_path / "report.html") as file,
     ):
         file.write_text("")
+
+
+def test_the_checksum_of_a_file_in_blocks_is_that_of_its_bytes(tmp_path: Path) -> None:
+    path, contents = tmp_path / "file", b"0123456" * 700_000  # more than one block
+    path.write_bytes(contents)
+    assert crc32(path) == zlib.crc32(contents)

@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepfm_dist.compiled import compiled
-from deepfm_dist.storage import remove_leftovers, work_folder
+from deepfm_dist.storage import crc32, remove_leftovers, work_folder
 
 log = logging.getLogger(__name__)
 
@@ -349,7 +348,7 @@ def _made_once(folder: Path, write: Callable[[Path], None]) -> None:
     aside = work_folder(folder)
     aside.mkdir(parents=True)
     write(aside)
-    sums = {path.name: _sum_of(path) for path in aside.iterdir()}
+    sums = {path.name: crc32(path) for path in aside.iterdir()}
     (aside / _SUMS).write_text(json.dumps(sums))
     try:
         aside.rename(folder)
@@ -360,15 +359,6 @@ def _made_once(folder: Path, write: Callable[[Path], None]) -> None:
 def _is_undamaged(folder: Path) -> bool:
     try:
         sums = json.loads((folder / _SUMS).read_text())
-        return {name: _sum_of(folder / name) for name in sums} == sums
+        return {name: crc32(folder / name) for name in sums} == sums
     except (OSError, ValueError, AttributeError):  # also a folder of a version without checksums
         return False
-
-
-def _sum_of(path: Path) -> int:
-    """CRC-32 of a file's bytes."""
-    total = 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 24):
-            total = zlib.crc32(piece, total)
-    return total

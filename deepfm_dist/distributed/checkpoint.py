@@ -58,6 +58,7 @@ from deepfm_dist.messages import brief
 from deepfm_dist.model.over_arch import biases_before_norm
 from deepfm_dist.model.transfer import Transfer
 from deepfm_dist.storage import (
+    crc32,
     delete_tree,
     follow_pointer,
     is_of_storage,
@@ -448,15 +449,6 @@ class _ChecksumFile(io.RawIOBase):
 
     def tell(self) -> int:
         return int(self._file.tell())
-
-
-def crc32(path: Path) -> int:
-    """CRC-32 of a file."""
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
 
 
 def load(

@@ -48,6 +48,8 @@ class RunConfig(Section):
 class LearningRateConfig(Section):
     """A learning rate over the steps: linear warm-up, then decay."""
 
+    chosen = frozenset(("lr", "decay_steps"))
+
     lr: float = Field(gt=0)
     """Learning rate after warm-up."""
     warmup_steps: int = Field(0, ge=0)
@@ -55,7 +57,7 @@ class LearningRateConfig(Section):
     decay: Literal["constant", "linear", "cosine", "polynomial"] = "constant"
     """Shape of the decay after warm-up."""
     decay_steps: int | None = Field(None, ge=1)
-    """Steps from the end of warm-up to the end of decay; needed unless decay is constant."""
+    """Steps from the end of warm-up to the end of decay; auto: to the end of all epochs."""
     final_lr: float = Field(0.0, ge=0)
     """Learning rate at the end of decay."""
     power: float = Field(2.0, gt=0)
@@ -63,8 +65,11 @@ class LearningRateConfig(Section):
 
     @model_validator(mode="after")
     def _decay_has_a_length(self) -> Self:
-        if self.decay != "constant" and self.decay_steps is None:
-            raise ValueError(f"decay={self.decay} needs decay_steps")
+        is_planned = self.decay_steps is not None or self.is_auto("decay_steps")
+        if self.decay != "constant" and not is_planned:
+            raise ValueError(
+                f"decay={self.decay} needs decay_steps; set a number, or auto for all epochs"
+            )
         if self.decay == "constant" and (self.decay_steps is not None or self.final_lr):
             raise ValueError("decay_steps and final_lr need a decay: linear, cosine or polynomial")
         if self.decay != "polynomial" and self.power != 2.0:
@@ -111,8 +116,6 @@ class TableOptimizerConfig(LearningRateConfig):
 
 class DenseOptimizerConfig(LearningRateConfig):
     """Optimizer of everything but the tables."""
-
-    chosen = frozenset(("lr",))
 
     name: Literal["adam", "adagrad", "sgd"] = "adam"
     """Class in torch.optim."""

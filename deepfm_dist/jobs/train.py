@@ -27,7 +27,7 @@ from deepfm_dist.jobs.validation import check_monitor_name, make_validate
 from deepfm_dist.launcher import read_launch
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.messages import plural
-from deepfm_dist.recipe import Choice, with_choice
+from deepfm_dist.recipe import Choice, that_hold, with_choice
 from deepfm_dist.runs.folder import run_lock, write_plan
 from deepfm_dist.runs.start import (
     Start,
@@ -103,7 +103,7 @@ def train_on(config: Config, world: World, on_validation: OnValidation | None = 
 
 def _train_locked(config: Config, world: World, on_validation: OnValidation | None) -> Trained:
     """`train_on` while rank 0 holds the run's lock."""
-    saved = world.broadcast(world.run_on_rank0("prepare", lambda: (_prepare(config),)))
+    saved = world.broadcast(world.run_on_rank0("prepare", lambda: _prepare(config)))
     assert saved is not None
     dataset = open_dataset(config, world)
     manifest = dataset.manifest
@@ -143,7 +143,7 @@ def _train_locked(config: Config, world: World, on_validation: OnValidation | No
             sharded=sharded,
             optimizer=optimizer,
             state=start.state,
-            choices=[*(start.chosen or choices)],
+            choices=that_hold(start.chosen, choices, config),
         )
         run.make_ready(start)
         hooks = Hooks(validate, on_validation, asked_to_stop=asked_to_stop)
@@ -202,8 +202,8 @@ def _finish(
         return Finish(config, world, dataset, state, choices, asked_to_stop).run()
 
 
-def _prepare(config: Config) -> dict[str, Any] | None:
-    """Prepares the data; returns the settings inherited from an earlier run."""
+def _prepare(config: Config) -> tuple[dict[str, Any] | None, tuple[Choice, ...]]:
+    """Prepares the data; returns what is inherited from an earlier run."""
     settings = inherited_settings(config)
     prepare_locked(config)
     return settings

@@ -56,11 +56,12 @@ class Start:
     chosen: tuple[Choice, ...] = ()
 
 
-def inherited_settings(config: Config) -> dict[str, Any] | None:
+def inherited_settings(config: Config) -> tuple[dict[str, Any] | None, tuple[Choice, ...]]:
     """The settings that a run takes over from an earlier one; None if there is none. Rank 0.
 
     A run that resumes takes all of them. One that starts from another run's weights takes the
-    model, the loss that this was chosen for, and the tables' optimizer.
+    model, the loss that this was chosen for, and the tables' optimizer. What a run that resumes had
+    chosen from the data comes second.
 
     Call it before the data are prepared, which would replace those of the run in the folder.
 
@@ -72,14 +73,14 @@ def inherited_settings(config: Config) -> dict[str, Any] | None:
         _refuse_part(config.run_dir)
         own = _checkpoint_to_continue(config)
     if own is not None:
-        return settings_in(own.state)
+        return settings_in(own.state), choices_in(own.state)
     if config.checkpoint.start_from is None:
-        return None
+        return None, ()
     settings = settings_in(_other_run(config.checkpoint.start_from).state)
     tables = {"name": settings["optimizer"]["tables"]["name"]}
     optimizer = {} if config.checkpoint.start_weights_only else {"optimizer": {"tables": tables}}
     model = {name: settings["model"][name] for name in settings["model"] if name != "linear"}
-    return {"model": model, "trainer": {"loss": settings["trainer"]["loss"]}, **optimizer}
+    return {"model": model, "trainer": {"loss": settings["trainer"]["loss"]}, **optimizer}, ()
 
 
 def _other_run(start_from: str) -> Saved:

@@ -46,16 +46,20 @@ SETTINGS = [
         "trainer.batch_size=64",
         ("trainer.batchsize=64",),
     ),
-    Mistake(PRINT + "optimizer.dense.decay=linear", "decay_steps", "optimizer.dense.decay_steps=9"),
+    Mistake(
+        PRINT + "optimizer.dense.decay=linear optimizer.dense.decay_steps=null",
+        "decay_steps; set a number, or auto",
+        "optimizer.dense.decay_steps=auto",
+    ),
     Mistake(
         PRINT + "optimizer.dense.final_lr=0.1",
         "linear",
-        "optimizer.dense.decay=linear optimizer.dense.decay_steps=9",
+        "optimizer.dense.decay=linear",
     ),
     Mistake(
         PRINT + "optimizer.dense.power=3",
         "decay=polynomial",
-        "optimizer.dense.decay=polynomial optimizer.dense.decay_steps=9",
+        "optimizer.dense.decay=polynomial",
     ),
     Mistake(
         PRINT + "optimizer.max_norm=1", "optimizer.tables.name=adam", "optimizer.tables.name=adam"

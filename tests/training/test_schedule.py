@@ -62,5 +62,7 @@ def test_without_warm_up_the_first_step_has_the_base_rate() -> None:
 
 
 def test_decay_needs_a_length() -> None:
+    without = ["optimizer.tables.decay=cosine", "optimizer.tables.decay_steps=null"]
     with pytest.raises(ConfigError, match=r"optimizer.tables: decay=cosine needs decay_steps"):
-        load_config("sample", ["optimizer.tables.decay=cosine"])
+        load_config("sample", without)
+    assert load_config("sample", [*without, "optimizer.tables.decay_steps=auto"])
