@@ -28,9 +28,10 @@ from deepfm_dist.config import Config, config_from, load_config, with_settings
 from deepfm_dist.environment import quieten_libraries, require
 from deepfm_dist.errors import CheckpointError, ConfigError, DataError, DeepFMError
 from deepfm_dist.launcher import read_launch
-from deepfm_dist.messages import plural
+from deepfm_dist.messages import listed, plural
 from deepfm_dist.storage import follow_pointer
 
+log = logging.getLogger(__name__)
 _TITLE = "title"
 _OF_NUMPY = (np.ndarray, np.generic, pd.Series, pd.Index)
 _METHODS = {
@@ -174,6 +175,12 @@ def _inputs(
     further = {**data.get("interactions", {})}  # rating, weight, split, ...
     kept = [c for c in further.values() if isinstance(c, str) and c in interactions.columns]
     kept = list(dict.fromkeys([*named, *context, *kept]))
+    if unused := [column for column in interactions.columns if column not in kept]:
+        log.warning(
+            "interactions: columns that are not used: %s; context= takes those that are fields of "
+            "the model",
+            listed(unused),
+        )
     frames["interactions.parquet"] = interactions[kept]
     data["interactions"] = {**further, "file": "interactions.parquet", **columns}
     if columns.keys() & {"label", "labels"}:
@@ -312,8 +319,7 @@ class Model:
             sizes = [f"trained on {manifest.composition('train')}"]
             sizes += [plural(n - 1, entity) for entity, n in manifest.entities.items()]
             names = [feature.name for feature in manifest.features]
-            shown = names if len(names) <= 12 else [*names[:12], f"{len(names) - 12} more"]
-            lines += [f"  {', '.join(sizes)}", f"  fields: {', '.join(shown)}"]
+            lines += [f"  {', '.join(sizes)}", f"  fields: {listed(names)}"]
         model = self.config.model
         with suppress(DeepFMError):  # it may have been deleted since
             trained = settings_in(read_state(self.checkpoint))["model"]

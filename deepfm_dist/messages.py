@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def brief(error: object) -> str:
@@ -32,6 +32,12 @@ def plural(count: int, noun: str, nouns: str | None = None) -> str:
         nouns: the plural; default: with an s.
     """
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def listed(names: Sequence[object], most: int = 12) -> str:
+    """Names in a row: the first ``most``, and how many more there are."""
+    more = [f"{len(names) - most:,} more"] if len(names) > most else []
+    return ", ".join([*map(str, names[:most]), *more])
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

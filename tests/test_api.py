@@ -178,7 +178,7 @@ def _refused(folder: Path, orders: pd.DataFrame) -> str:
 
 def _two_fits(folder: Path) -> dict[str, Any]:
     del os.environ["RANK"]
-    orders, _ = shop()
+    orders = shop()[0].drop(columns="device")
     settings: dict[str, Any] = {"trainer": {"epochs": 1, "batch_size": 256}, "folder": folder}
     first = fit(orders, **COLUMNS, model=SMALL, **settings)
     before = first.predict(orders)
@@ -282,6 +282,23 @@ def test_errors_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"no complete checkpoint; run fit\(\.\.\.\) first"):
         Model.load("new.yaml")
+
+
+def test_columns_that_are_not_used_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    orders, _ = shop()
+    frame = orders.assign(stars=3, **{"odd name": 1})
+    rows = {"weight": "stars"}
+    with pytest.raises(ConfigError):  # before anything is trained
+        fit(frame, **COLUMNS, folder=tmp_path, name="a/b", data={"interactions": rows})
+    assert [record.message.partition(";")[0] for record in caplog.records] == [
+        "interactions: columns that are not used: device, odd name"
+    ]
+    caplog.clear()
+    with pytest.raises(ConfigError):
+        fit(orders, **COLUMNS, context="device", folder=tmp_path, name="a/b")
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize(

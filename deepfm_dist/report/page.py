@@ -24,7 +24,7 @@ from deepfm_dist.ranking.reasons import Reason
 from deepfm_dist.recipe import Choice
 from deepfm_dist.report.curves import sentence, trend_of
 from deepfm_dist.report.plots import Plot, Plotter
-from deepfm_dist.report.verdicts import MODEL, Verdict
+from deepfm_dist.report.verdicts import EASE_ALONE, MODEL, Verdict
 from deepfm_dist.storage import atomic_write, write_errors_to_user
 from deepfm_dist.training.evaluation import Unknown
 from deepfm_dist.training.metrics import Calibration, split_target, target_figure
@@ -183,6 +183,7 @@ def _variables(report: Report) -> dict[str, Any]:
         "chosen": report.chosen,
         "checkpoint": report.checkpoint.name,
         "part": _part(report.checkpoint),
+        "is_ease_alone": EASE_ALONE in report.verdicts,
         "manifest": report.dataset.manifest,
         "split": report.split,
         "missing": _missing(report.dataset.manifest),
