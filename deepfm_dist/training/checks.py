@@ -42,11 +42,12 @@ def warn_of_labels(manifest: Manifest) -> None:
             )
         else:
             log.warning(
-                "all %slabels of %s are %d: auc, user_auc and ne are undefined (nan); hold out "
+                "all %slabels of %s are %d: auc, user_auc%s ne are undefined (nan); hold out "
                 "rows of both labels (data.split)",
                 target_figure,
                 plural(rows, f"{'validation' if split == 'valid' else split} row"),
                 label,
+                " and" if label else ", calibration and",
             )
     _warn_of_missing_labels(manifest)
 

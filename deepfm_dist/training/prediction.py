@@ -94,9 +94,8 @@ def predict(
         if world.is_first:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
-    writer.not_finite.warn(rows_of_file.name)
-    for text in rows_of_file.encoder.unseen():
-        log.warning("%s: %s", rows_of_file.name, text)
+    if world.is_first:  # every rank read all rows
+        rows_of_file.warn(writer.not_finite)
     return n_rows
 
 
@@ -150,7 +149,7 @@ def predict_in_parts(
     if waiting:
         _write_parts(waiting, model, world, rows_of_file, parts, not_finite)
     parts.finish(n_parts, {"rows": n_rows})
-    rows_of_file.warn(world, not_finite)
+    rows_of_file.warn_of_all(world, not_finite)
     return n_rows
 
 
@@ -265,7 +264,13 @@ class _RowsOfFile:
             table = table.append_column(f"probability{end}", column)
         return table
 
-    def warn(self, world: World, not_finite: "_NotFinite") -> None:
+    def warn(self, not_finite: "_NotFinite") -> None:
+        """Logs warnings about the rows that were encoded, and their scores."""
+        not_finite.warn(self.name)
+        for text in self.encoder.unseen():
+            log.warning("%s: %s", self.name, text)
+
+    def warn_of_all(self, world: World, not_finite: "_NotFinite") -> None:
         """Logs warnings about the rows that all ranks scored. All ranks call it."""
         counted = world.gather_object((self.encoder.unknown, not_finite))
         if counted is None:
@@ -274,9 +279,7 @@ class _RowsOfFile:
             not_finite.merge(theirs)
             for field, values in unknown.items():
                 self.encoder.unknown[field].merge(values)
-        not_finite.warn(self.name)
-        for text in self.encoder.unseen():
-            log.warning("%s: %s", self.name, text)
+        self.warn(not_finite)
 
 
 class _NotFinite:

@@ -111,6 +111,19 @@ def test_parts_are_those_of_one_file_at_any_world_size_and_after_a_kill(
     assert digests[0] == digests[1] == digests[2]
 
 
+def test_unknown_values_are_named_once_whatever_the_ranks(
+    home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # log to stderr, as in a process
+    (tmp_path / "new.csv").write_text("0|77|3\n1|3|3\n")
+    arguments = ["--quiet", "--run", str(home / "r"), "--input", str(tmp_path / "new.csv")]
+    for size in (1, 2):
+        capfd.readouterr()
+        output = [*arguments, "--output", str(tmp_path / f"{size}.parquet")]
+        assert run_ranks(predict.main, size, output) == [0] * size
+        assert capfd.readouterr().err.count("user: 1 of 2 values were never seen") == 1
+
+
 def _unwritable(home: Path, output: str, limit: int | None) -> int:
     if limit is not None:  # bytes of a file: what a full disk does, at a byte that is known
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -47,7 +47,8 @@ def labelled(manifest: Manifest, split: str, rows: int, positives: int) -> Manif
         (
             "valid",
             0,
-            "all labels of 1,000 validation rows are 0: auc, user_auc and ne are undefined",
+            "all labels of 1,000 validation rows are 0: auc, user_auc, calibration and ne are "
+            "undefined",
         ),
         ("test", 1000, "all labels of 1,000 test rows are 1: auc, user_auc and ne are undefined"),
         ("train", 1, None),
