@@ -1,5 +1,6 @@
 """The same model at any world size, plan and optimizer; failures that stop cleanly."""
 
+import dataclasses
 import os
 import signal
 import time
@@ -101,6 +102,17 @@ def test_losses_do_not_depend_on_world_size_or_plan(
         config = config_of(*common, plan)
         for losses in run_ranks(train, size, sample.folder, config, 30):
             assert difference(losses, alone) <= 1e-6, (size, plan)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_replicated_tables_give_the_losses_of_sharded_ones(
+    sample: PreparedDataset, size: int
+) -> None:
+    plans = (COPIES, "sharding.kind=row_wise", "sharding.kind=table_wise")
+    copied, *cut = (run_ranks(train, size, sample.folder, config_of(*SMALL, p), 20) for p in plans)
+    assert len(set(copied[0])) == 20
+    for losses in (*copied, *(losses for ranks in cut for losses in ranks)):
+        assert difference(losses, copied[0]) <= (1e-6 if size > 1 else 0)
 
 
 @pytest.mark.slow  # fifty steps of 400-400-400, seven times
@@ -913,6 +925,51 @@ def test_a_table_is_cut_over_the_ranks_of_one_machine() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             placed(config, size, local)
+
+
+class _Asked(Exception):
+    """What TorchRec's planner was asked."""
+
+
+def _ask(**asked: Any) -> None:
+    raise _Asked(asked)
+
+
+def test_the_planner_may_cut_tables_within_machines_and_groups_where_there_is_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tables = {name: Table(900, (name,)) for name in ("a", "b")}
+    model = build_deepfm(tables, list(tables), 0, embedding_dim=3, device=torch.device("meta"))
+    monkeypatch.setattr(sharding, "EmbeddingShardingPlanner", _ask)
+
+    def asked(size: int, local: int, device: str = "cuda", **settings: Any) -> dict[str, Any]:
+        config = ShardingConfig(**settings)
+        every = hypothetical_world(size, local)
+        every = dataclasses.replace(every, device=torch.device(device))
+        group = sharding.sharding_group(every, config)
+        with pytest.raises(_Asked) as caught:
+            sharding.place(model, group, config, 64, 1 << 30, replicable=False)
+        topology, constraints = (caught.value.args[0][k] for k in ("topology", "constraints"))
+        kinds = {name: of_table.sharding_types for name, of_table in constraints.items()}
+        return kinds | {"ranks": topology.world_size, "of a machine": topology.local_world_size}
+
+    within = ["table_wise", "row_wise", "table_row_wise"]
+    everywhere = {"ranks": 8, "of a machine": 4}
+    assert asked(8, 4) == {"a": within, "b": within, **everywhere}
+    named = {"a": TablePlan(kind="table_row_wise")}
+    assert asked(8, 4, tables=named) == {"a": ["table_row_wise"], "b": within, **everywhere}
+    # Two groups of four of eight ranks on two machines: a group has two ranks of each machine.
+    grouped = {"ranks": 4, "of a machine": 2}
+    assert asked(8, 4, group_size=4) == {"a": within[:2], "b": within[:2], **grouped}
+    # On a CPU it may choose neither, and both are refused by name.
+    assert asked(8, 4, "cpu") == {"a": within[:2], "b": within[:2], **everywhere}
+    for settings, message in (
+        ({"kind": "table_row_wise"}, "sharding.kind=table_row_wise: only on CUDA, not on a cpu"),
+        ({"tables": named}, "tables.a.kind=table_row_wise: only on CUDA, not on a cpu"),
+        ({"group_size": 4}, "sharding.group_size=4: only on CUDA, not on a cpu"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            asked(8, 4, "cpu", **settings)
 
 
 def _pipelines(folder: Path) -> list[str]:

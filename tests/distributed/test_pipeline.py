@@ -244,3 +244,26 @@ def test_a_step_takes_no_more_operations_than_it_did(
     working = {k: n for k, n in counts.items() if not any(free in k for free in _FREE)}
     assert sum(working.values()) <= MOST[size, overlapped], sorted(working.items())
     assert "reducer.cpp" not in capfd.readouterr().err  # it remarks on searches for unused weights
+
+
+COLLECTIVES = {
+    ("row_wise", False): 7,
+    ("row_wise", True): 13,
+    ("replicated", False): 2,
+    ("replicated", True): 8,
+}
+"""Of a step at two ranks, by kind of all tables and whether three layers have batch norm. With
+replicated tables: DDP's bucket, and the loss with a flag for values that are not finite. Each norm
+adds one collective for its statistics and one for their gradients."""
+
+
+@pytest.mark.parametrize(("kind", "batch_norm"), COLLECTIVES)
+def test_a_step_takes_no_more_collectives_than_it_did(
+    sample: PreparedDataset, kind: str, batch_norm: bool
+) -> None:
+    placed = COPIES if kind == "replicated" else f"sharding.kind={kind}"
+    config = config_of(*SMALL, placed, f"model.batch_norm={batch_norm}")
+    assert len(config.model.over_arch_layer_sizes or ()) == 3
+    for counts in run_ranks(operations, 2, sample.folder, config, False):
+        taken = {name: n for name, n in counts.items() if name.startswith("c10d.")}
+        assert 0 < sum(taken.values()) <= COLLECTIVES[kind, batch_norm], taken
