@@ -188,14 +188,16 @@ class RowEncoder:
                 )
                 raise ConfigError(f"recommend.context.{name}: unknown context field; {hint}")
         wanted = [f for f in self._context if f.name not in (given or ())]
-        for feature in wanted:
-            if feature.name not in values:
-                column = feature.column or feature.name
-                also = "" if given is None else f", or give the requests a column {column!r}"
-                raise ConfigError(
-                    f"recommend.context.{feature.name}: this model depends on {feature.name}; give "
-                    f"the value to recommend for: recommend.context.{feature.name}=VALUE{also}"
-                )
+        if missing := [feature for feature in wanted if feature.name not in values]:
+            names = [feature.name for feature in missing]
+            columns = ", ".join(repr(feature.column or feature.name) for feature in missing)
+            kind = "a column" if len(missing) == 1 else "columns"
+            also = "" if given is None else f", or give the requests {kind} {columns}"
+            raise ConfigError(
+                f"recommend.context.{names[0]}: this model depends on {', '.join(names)}; give "
+                f"the value to recommend for: recommend.context."
+                f"{'=VALUE recommend.context.'.join(names)}=VALUE{also}"
+            )
         return {f.name: self._fixed(f.name, values[f.name]) for f in wanted}
 
     def _fixed(self, name: str, value: str | float) -> Values:

@@ -174,6 +174,11 @@ def test_numbers_and_context_reach_the_batch_and_new_rows_equal_prepared_ones(
     assert fixed["n"].tolist() == [7]  # type: ignore[union-attr]
     for values, message in [
         ({"m": "q", "n": 1}, "recommend.context.h: this model depends on h"),
+        (
+            {"m": "q"},
+            "recommend.context.h: this model depends on h, n; give the value to recommend for: "
+            "recommend.context.h=VALUE recommend.context.n=VALUE$",
+        ),
         ({"h": 3, "m": "q", "n": 1}, "h=3: never seen in training"),
         ({"h": 1, "m": "q", "n": "much"}, "expected a number"),
         ({"hx": 1, "m": "q", "n": 1}, "hx: unknown .*; did you mean recommend.context.h?"),
