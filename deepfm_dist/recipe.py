@@ -28,6 +28,8 @@ from deepfm_dist.typed_yaml import value_at
 log = logging.getLogger(__name__)
 HISTORY_NAMES = ("seen", "seen_items", "history_of_items")
 """Candidate names of the added field; the first unused one is taken."""
+ID_NAMES = ("user", "user_id", "id_of_user")
+"""The same for the id of users who are not known by their items."""
 LATEST_NAMES = ("latest", "latest_items", "history_of_latest_items")
 """The same for the field of the latest items."""
 LATEST = 1
@@ -129,6 +131,8 @@ def choices_in(state: Mapping[str, Any]) -> tuple[Choice, ...]:
 def with_history(tree: Any) -> Any:
     """Adds a history field to the settings if users are represented by their items.
 
+    Otherwise, if all fields are of items, the users' id is added: all users would get one ranking.
+
     Args:
         tree: sections of settings from the user, not validated yet.
 
@@ -157,8 +161,11 @@ def with_history(tree: Any) -> Any:
             history.get("dropout", AUTO) != AUTO
         )  # stated, as runs before this choice have it
         targets = "later" if _next_is_held_out(data) and not left_out else "random"
+    taken = [field.get("name") for field in fields]
+    if history.get("add", AUTO) == AUTO and not added and _are_of_items(fields):
+        name = next((name for name in ID_NAMES if name not in taken), ID_NAMES[-1])
+        changed["features"] = [*features, {"name": name, "entity": "user"}]
     if added is True and not has_history:
-        taken = {field.get("name") for field in fields}
         added_fields: list[tuple[Sequence[str], dict[str, int]]] = [(HISTORY_NAMES, {})]
         if targets == "later" and is_ranked:
             added_fields.append((LATEST_NAMES, {"last": LATEST}))
@@ -171,6 +178,11 @@ def with_history(tree: Any) -> Any:
     if has_history and is_ranked and history.get("dropout", AUTO) == AUTO:
         history["dropout"] = 0.0 if targets == "later" else HISTORY_DROPOUT
     return {**tree, "data": changed}
+
+
+def _are_of_items(fields: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether there are fields, none of which tells users apart."""
+    return bool(fields) and all(field.get("entity") == "item" for field in fields)
 
 
 def _next_is_held_out(data: Mapping[str, Any]) -> bool:
@@ -297,6 +309,8 @@ def choose(config: Section, manifest: Manifest) -> list[Choice]:
         if draft.get("data.history.targets") == "later":
             why = "each user's last rows are held out"
             draft.note("data.history.targets", "later", why)
+    elif name := _only_user_id(manifest):
+        draft.note("data.history.add", False, f"users are known by their ids: the field {name}")
     reason = rows_because(config.model_dump(mode="json"))
     draft.choose(
         "trainer.loss",
@@ -311,6 +325,14 @@ def choose(config: Section, manifest: Manifest) -> list[Choice]:
         if draft.get(setting.replace("decay_steps", "decay")) != "constant":
             draft.choose(setting, *_planned_decay(draft, manifest, setting))
     return draft.choices
+
+
+def _only_user_id(manifest: Manifest) -> str | None:
+    """The name of the users' id where it alone tells users apart from each other."""
+    others = [f for f in manifest.features if f.entity != "item"]
+    if manifest.data.task != "implicit" or len(others) != 1:
+        return None
+    return others[0].name if others[0].names_entity and others[0].entity == "user" else None
 
 
 def _planned_decay(draft: "_Draft", manifest: Manifest, setting: str) -> tuple[int, str]:

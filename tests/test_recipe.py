@@ -249,6 +249,25 @@ def test_the_rate_falls_over_all_epochs(sample: PreparedDataset) -> None:
     assert resolve(later, manifest)[0].optimizer.tables.decay == "constant"
 
 
+@pytest.mark.parametrize("sections", [{"model": {"deep": True}}, {"trainer": {"loss": "softmax"}}])
+def test_users_without_items_are_known_by_their_ids(
+    sample: PreparedDataset, sections: dict[str, Any]
+) -> None:
+    config = _config(**sections, data={"features": [ITEM, {"name": "user", "entity": "item"}]})
+    names = {field.name: field.entity for field in config.data.features}
+    assert names == {"item": "item", "user": "item", "user_id": "user"}
+    _, choices = resolve(config, _manifest(sample, config))
+    assert str(choices[0]) == (
+        "data.history.add=false (users are known by their ids: the field user_id)"
+    )
+    assert config_from(config.model_dump(mode="json")) == config
+    # Not if that is turned off, nor next to another field that users differ in.
+    off = _config(**sections, data={"features": [ITEM], "history": {"add": False}})
+    device = _config(**sections, data={"features": [ITEM, {"name": "device"}]})
+    assert [f.name for f in off.data.features] == ["item"]
+    assert [f.name for f in device.data.features] == ["item", "device"]
+
+
 def test_a_decay_without_a_length_is_over_all_epochs(sample: PreparedDataset) -> None:
     loop = {"loss": "bce", "epochs": 3, "batch_size": 1_000}
     parts = {"tables": {"decay": "cosine"}, "dense": {"decay": "linear", "warmup_steps": 50}}

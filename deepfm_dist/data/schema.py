@@ -478,7 +478,8 @@ class History(Section):
     add: bool = False
     """Whether the field ``{name: seen, entity: user, history: item, pooling: sqrt}`` is added, by
     which users are known by their items. auto: for a model that ranks (``trainer.loss``: auto) and
-    has no field of this kind. With ``targets: later``, a field of the latest items is added too."""
+    has no field of this kind. With ``targets: later``, a field of the latest items is added too.
+    Where auto adds none and all fields are of items, the users' id becomes a field."""
     targets: Literal["random", "later"] = "random"
     """Which of a user's items a model trained on users (``trainer.loss``: softmax or bpr) predicts.
     random: those that ``dropout`` leaves out of the history; later: those after a point in time

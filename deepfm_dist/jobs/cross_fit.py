@@ -75,12 +75,14 @@ class Mean:
         model: with its weights.
         optimizer: the optimizer of the model.
         steps: that each of the models was trained for.
+        log_loss: of the validation rows, by models that do not know them.
         text: what was used, with figures.
     """
 
     model: DistributedModelParallel
     optimizer: CombinedOptimizer
     steps: int
+    log_loss: float
     text: str
 
 
@@ -133,13 +135,14 @@ class CrossFitting:
                 add_model(model, wide, column, 1 / FOLDS)
                 _add(means[kind], first_order_weights(model))
             _add(means[-1], start_weights)
-        choose = partial(_shares, rows, starts.constants[fold_of], starts.held_out, scores, config)
+        parts = starts.constants[fold_of], starts.held_out, scores
+        choose = partial(_shares, rows, self.dataset.manifest.splits["valid"].rows, *parts, config)
         result = world.broadcast(world.run_on_rank0("shares", choose))
         assert result is not None
-        shares, text = result
+        shares, loss, text = result
         _apply(wide, means, shares, float(starts.constants.mean()))
         text = f"mean of {FOLDS} folds' models, of {plural(rows.n, 'row')} in all: {text}"
-        return Mean(wide, optimizer, steps, text)
+        return Mean(wide, optimizer, steps, loss, text)
 
     def _kinds(self) -> list[Config]:
         """`kinds_of`; FMs next to DeepFMs have what the recipe chooses for an FM."""
@@ -212,15 +215,19 @@ def _add(mean: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
 
 def _shares(
     rows: Rows,
+    n_valid: int,
     constants: Float64Array,
     regression: Float64Array,
     scores: Float64Array,
     config: Config,
-) -> tuple[list[float], str]:
+) -> tuple[list[float], float, str]:
     """The share of the regression and of what each kind of model adds to it, and a sentence.
+
+    In between: the log loss of the validation rows.
 
     Args:
         rows: all rows.
+        n_valid: number of validation rows, which are the last ones.
         constants: ``[B]`` log-odds, as the other arguments by what does not know the row.
         regression: ``[B]``.
         scores: ``[kinds, B]``.
@@ -239,11 +246,12 @@ def _shares(
     losses = [log_loss(each, labels, weights) for each in (blended, *scores, regression, constants)]
     figures = [f"{loss:.4f}" for loss in losses]
     others = [f"of {name} {figure}" for name, figure in zip(trained, figures[1:], strict=False)]
-    return shares, (
+    text = (
         f"{shares[0]:.2f} of the regression, plus {added}; cross-validated log loss "
         f"{figures[0]}, {', '.join(others)}, of the regression {figures[-2]}, of a constant "
         f"{figures[-1]}"
     )
+    return shares, log_loss(blended[-n_valid:], labels[-n_valid:], weights[-n_valid:]), text
 
 
 def _name(config: Config) -> str:

@@ -179,13 +179,14 @@ class Finish:
 
     def _blend(self, step: int) -> None:
         """Blends the best checkpoint with the fitted start, and saves the result."""
-        model, optimizer, added = first_order.blend(self.config, self.dataset, self.world, step)
-        choice = Choice("model.linear", "logistic", added)
+        blend = first_order.blend(self.config, self.dataset, self.world, step)
+        choice = Choice("model.linear", "logistic", blend.text)
         self._say(choice)
         target = self._target(SELECTED)
         marker = self._marker(SELECTED, step, with_choice(self.choices, choice))
+        marker["trainer"]["best"] = blend.log_loss
         manifest, world = self.dataset.manifest, self.world
-        save_new_run(target, manifest, world, model, optimizer, step=step, more=marker)
+        save_new_run(target, manifest, world, blend.model, blend.optimizer, step=step, more=marker)
 
     def _cross_fit(self, step: int) -> bool:
         """Saves the mean of the models of the folds; False if a signal stopped it."""
@@ -197,6 +198,7 @@ class Finish:
         choice = Choice("trainer.refit_best", True, mean.text)
         self._say(choice)
         marker = self._marker(REFIT, mean.steps, with_choice(self.choices, choice))
+        marker["trainer"]["best"] = mean.log_loss
         save_new_run(
             with_all_models(self._target(REFIT)),
             self.dataset.manifest,

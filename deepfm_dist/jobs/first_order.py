@@ -6,6 +6,7 @@ See `deepfm_dist.interop.logistic` for the start and `deepfm_dist.interop.shares
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -118,9 +119,24 @@ def put_weights(weights: Weights, sharded: DistributedModelParallel) -> None:
         above.get_parameter(f"{VECTOR_FIRST_ORDER}{name}").copy_(of_field)
 
 
-def blend(
-    config: Config, dataset: PreparedDataset, world: World, best_step: int
-) -> tuple[DistributedModelParallel, CombinedOptimizer, str]:
+@dataclass(frozen=True)
+class Blend:
+    """The result of `blend`.
+
+    Attributes:
+        model: the blended model.
+        optimizer: its optimizer.
+        log_loss: of the validation rows.
+        text: the shares in words, with figures.
+    """
+
+    model: DistributedModelParallel
+    optimizer: CombinedOptimizer
+    log_loss: float
+    text: str
+
+
+def blend(config: Config, dataset: PreparedDataset, world: World, best_step: int) -> Blend:
     """The start plus a share of each part that training added. All ranks.
 
     The parts are the FM, with the change of the first-order weights, and the over-arch; the shares
@@ -131,9 +147,6 @@ def blend(
         dataset: the data.
         world: the ranks.
         best_step: step of the best checkpoint of the training loop.
-
-    Returns:
-        The model, its optimizer, and the shares in words, with figures.
     """
     model, optimizer = shard_to_widen(config, dataset.manifest, world)
     model.eval()
@@ -151,14 +164,14 @@ def blend(
     choose = partial(_shares, scored, dataset.manifest.log_odds[0])
     result = world.broadcast(world.run_on_rank0("shares", choose))
     assert result is not None
-    shares, text = result
+    shares, loss, text = result
     if best_step:
         _apply(model, start_weights, shares)
-    return model, optimizer, text
+    return Blend(model, optimizer, loss, text)
 
 
-def _shares(scored: Sequence[ScoredRows | None], log_odds: float) -> tuple[list[float], str]:
-    """The share of each part, and a sentence about them. Rank 0.
+def _shares(scored: Sequence[ScoredRows | None], log_odds: float) -> tuple[list[float], float, str]:
+    """The share of each part, the log loss, and a sentence about them. Rank 0.
 
     Args:
         scored: the same rows scored by the start, by the start plus the FM, and by the trained
@@ -176,10 +189,11 @@ def _shares(scored: Sequence[ScoredRows | None], log_odds: float) -> tuple[list[
     parts = zip(shares, names, strict=False)
     added = " and ".join(f"{share:.2f} of {part}" for share, part in parts)
     losses = [log_loss(each, labels, weights) for each in (blended, *logits[[0, -1]], constant)]
-    return shares, (
+    text = (
         f"training adds {added or 'nothing'}: validation log loss {losses[0]:.4f}; of the start "
         f"{losses[1]:.4f}, with all of it {losses[2]:.4f}, of a constant {losses[3]:.4f}"
     )
+    return shares, losses[0], text
 
 
 @torch.no_grad()

@@ -10,11 +10,17 @@ from typing import Any
 from torch.distributed import PrefixStore
 
 from deepfm_dist.config import Config, with_settings
-from deepfm_dist.distributed.checkpoint import SELECTED, keep_checkpoints
+from deepfm_dist.distributed.checkpoint import (
+    REFIT,
+    SELECTED,
+    complete_steps,
+    keep_checkpoints,
+    read_checkpoint,
+)
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.distributed.world import World
 from deepfm_dist.errors import ConfigError
-from deepfm_dist.jobs.train import train_on
+from deepfm_dist.jobs.train import Trained, train_on
 from deepfm_dist.storage import atomic_write, is_remote, write_errors_to_user
 from deepfm_dist.training.search import Search, Trial
 from deepfm_dist.training.state import NonFiniteLoss, is_lower_better
@@ -104,18 +110,18 @@ def _run_trial(
     """Trains with a trial's settings. All ranks.
 
     Returns:
-        ``complete``, ``pruned``, ``failed`` or ``stopped``, and the best figure of a complete one.
+        ``complete``, ``pruned``, ``failed`` or ``stopped``, and, on rank 0, the figure of a
+        complete one.
     """
     monitor = config.monitor or ""
-    shared = {
+    shared: dict[str, Any] = {
         "run.runs_root": str(search_folder(config)),
         "run.name": trial.name,
         "data.name": config.data.name or config.run.name,
         "trainer.monitor": monitor,  # the same metric for all trials, even if their losses differ
-        "trainer.refit_best": False,  # a trial ends after its comparison
     }
-    if config.data.task == "implicit":
-        shared["model.linear"] = "none"
+    if config.data.task == "implicit":  # a trial ends after its comparison
+        shared |= {"model.linear": "none", "trainer.refit_best": False}
 
     def on_validation(figures: Mapping[str, float], epoch: int) -> None:
         if world.broadcast(search is not None and search.report(epoch, figures[monitor])):
@@ -124,13 +130,28 @@ def _run_trial(
     # A store prefix per trial, so that trials do not see each other's keys.
     own_store = replace(world, store=PrefixStore(trial.name, world.store))
     try:
-        result = train_on(with_settings(config, trial.values | shared), own_store, on_validation)
+        tried = with_settings(config, trial.values | shared)
+        result = train_on(tried, own_store, on_validation)
     except Pruned:
         return "pruned", None
     except (NonFiniteLoss, ConfigError) as error:  # including incompatible settings
         log.warning("%s", error)
         return "failed", None
-    return ("stopped", None) if result.stopped else ("complete", result.state.best)
+    if result.stopped:
+        return "stopped", None
+    return "complete", None if search is None else _figure(tried, result)
+
+
+def _figure(config: Config, trained: Trained) -> float | None:
+    """The figure of what a trial ends with. Rank 0.
+
+    In the loop, a fitted start is often the best model, and the same in all trials.
+    """
+    for part in (REFIT, SELECTED):
+        if complete_steps(config.run_dir / part):
+            best: float = read_checkpoint(config.run_dir, part).state["trainer"]["best"]
+            return best
+    return trained.state.best
 
 
 def _keep_best(config: Config, search: Search, trial: Trial, outcome: str) -> None:
@@ -139,7 +160,7 @@ def _keep_best(config: Config, search: Search, trial: Trial, outcome: str) -> No
         if past.name == trial.name:
             log.info("%s: %s, %s %s", past.name, outcome, config.monitor, past.best)
         if past != search.best():
-            for part in ("", SELECTED):
+            for part in ("", SELECTED, REFIT):
                 keep_checkpoints(search_folder(config) / past.name / part, ())
 
 

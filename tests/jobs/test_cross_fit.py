@@ -113,6 +113,12 @@ def _agrees_with_its_parts(folder: Path) -> str:
         losses = np.log1p(np.exp(np.where(rows.labels == 1, -of_rows, of_rows)))
         assert figure == pytest.approx(np.average(losses, weights=rows.weights), abs=6e-5)
     assert figures[0] < min(figures[1:])
+    # The figure of a search: of validation rows, by what does not know them.
+    base, known = starts.constants[fold_of], starts.held_out
+    blended = base + exact @ np.stack([known - base, *(out_of_fold - known)])
+    losses = np.log1p(np.exp(np.where(rows.labels == 1, -blended, blended)))[-240:]
+    best = read_state(used.checkpoint)["trainer"]["best"]
+    assert best == pytest.approx(np.average(losses, weights=rows.weights[-240:]), abs=1e-4)
     return text
 
 

@@ -22,10 +22,12 @@ from deepfm_dist.distributed import checkpoint
 from deepfm_dist.distributed.process_group import process_group
 from deepfm_dist.errors import ConfigError, DeepFMError
 from deepfm_dist.jobs.train import Trained, train_on
+from deepfm_dist.jobs.tune import tune as searched
 from deepfm_dist.training.search import Search, Trial
 from deepfm_dist.training.settings import SpanConfig, TuneConfig
 from deepfm_dist.training.state import LoopState
 from deepfm_dist.training.trainer import Pruned
+from tests.interop.test_logistic import _clicks
 from tests.ranks import run_alone, run_ranks
 
 TUNE = TuneConfig(
@@ -227,6 +229,31 @@ def test_a_trial_ends_after_its_checkpoint_is_complete(tmp_path: Path, size: int
 
 def _best(states: Iterable[Path]) -> float:
     return max(float(json.loads(path.read_text())["trainer"]["best"]) for path in states)
+
+
+def _tuned_clicks(folder: Path) -> None:
+    rates = SpanConfig(low=1.0, high=2.0)  # too high for the loop
+    config = _clicks(
+        folder,
+        0.0,
+        model={"embedding_dim": 4, "over_arch_layer_sizes": [6]},
+        trainer={"max_steps": 4, "refit_best": True},
+        tune={"space": {"optimizer.tables.lr": rates}, "trials": 2},
+    )
+    result = searched(config)
+    assert result is not None and result.best is not None
+    runs = config.run_dir / "tune"
+    figures = [trial.best for trial in result.trials]
+    assert len({*figures}) == 2 and min(f for f in figures if f) == result.best.best
+    best = checkpoint.read_checkpoint(runs / result.best.name, checkpoint.REFIT)
+    assert best.state["trainer"]["best"] == result.best.best
+    # In the loop, the fitted start was the best: it is the same in all trials.
+    loop = checkpoint.read_checkpoint(runs / result.best.name, "best")
+    assert loop.state["step"] == 0
+
+
+def test_trials_of_few_clicks_are_measured_by_what_they_end_with(tmp_path: Path) -> None:
+    run_alone(_tuned_clicks, tmp_path)
 
 
 @pytest.mark.parametrize(
