@@ -441,7 +441,9 @@ def test_a_new_day_is_learned_on_top_of_yesterday(
     assert "ConfigError: checkpoint.start_from=runs/mine: its model has embedding_dim=64, n" in (
         done.stderr
     )
-    done = run(["bash", "-c", NEW_DAY.script], home, **forked)
+    rate = 1e-6
+    script = f"{NEW_DAY.script} trainer.max_steps=1 optimizer.tables.lr={rate}"
+    done = run(["bash", "-c", script], home, **forked)
     assert done.returncode == 0, done.stderr
     assert "training starts from its weights" in done.stderr
     rows, tables = {}, {}
@@ -459,8 +461,8 @@ def test_a_new_day_is_learned_on_top_of_yesterday(
     seen = [rows["mine"][str(user)] for user in today["customer"].unique()]
     others = [row for user, row in rows["mine"].items() if user and int(user) < 40]
     assert (after[seen] != before[seen]).any(1).all()
-    # Rows of other users may move, but they start where yesterday's training left them.
-    assert np.corrcoef(after[others].ravel(), before[others].ravel())[0, 1] > 0.9
+    # Rows are where yesterday's training left them, up to the one step that Adam has taken.
+    assert np.abs(after[others] - before[others]).max() < 4 * rate < before[others].std() / 1_000
 
 
 def test_the_doctor_reports_only_its_findings(
