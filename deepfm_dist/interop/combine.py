@@ -11,7 +11,7 @@ from deepfm_dist.data.jagged import Jagged, Values
 from deepfm_dist.distributed.sharding import DistributedModelParallel, local_shards
 from deepfm_dist.environment import available_bytes
 from deepfm_dist.errors import ConfigError
-from deepfm_dist.interop.linear import ease_weights, leading_vectors
+from deepfm_dist.interop.linear import ease_weights, leading_vectors, standardized
 from deepfm_dist.model.deepfm import VECTOR_FACTORS, VECTOR_FIRST_ORDER, InteractionArch
 from deepfm_dist.model.over_arch import OverArch
 from deepfm_dist.ranking.baselines import USABLE, Ease, co_counts, distinct
@@ -110,7 +110,12 @@ def put_columns(target: DistributedModelParallel, at: int, values: Mapping[str, 
 
 
 def ease_tables(
-    dataset: PreparedDataset, columns: int, l2: float, weight: float, field_weight: float = 0.0
+    dataset: PreparedDataset,
+    columns: int,
+    l2: float,
+    weight: float,
+    field_weight: float = 0.0,
+    is_standardized: bool = False,
 ) -> dict[str, Tensor]:
     """Fits EASE on the training positives; returns it as columns of two tables.
 
@@ -120,6 +125,7 @@ def ease_tables(
         l2: L2 regularisation of EASE.
         weight: the weight of its scores.
         field_weight: each value of an item's field counts as this many users with all of its items.
+        is_standardized: see `ease_factors`.
 
     Returns:
         ``[rows, columns]`` by table, whose products are ``weight`` times EASE's scores, up to the
@@ -138,7 +144,13 @@ def ease_tables(
         )
     groups = groups_of_items(dataset) if field_weight else None
     first, second = ease_factors(
-        Ease(l2), distinct(dataset.training_history), n_items, columns, groups, field_weight
+        Ease(l2),
+        distinct(dataset.training_history),
+        n_items,
+        columns,
+        groups,
+        field_weight,
+        is_standardized,
     )
     if dataset.manifest.cold:  # an unknown item is average, not below all others
         second[0] = second[1:].mean(0)
@@ -171,6 +183,7 @@ def ease_factors(
     n_factors: int,
     groups: Jagged | None = None,
     group_weight: float = 0.0,
+    is_standardized: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Two vectors per item that approximate EASE's scores.
 
@@ -187,6 +200,7 @@ def ease_factors(
         groups: items that share a property, such as a genre; each group counts as ``group_weight``
             users with all of its items.
         group_weight: see ``groups``.
+        is_standardized: see `deepfm_dist.interop.linear.standardized`.
 
     Returns:
         ``[I, n_factors]`` float32 each; what exceeds the items is 0.
@@ -207,7 +221,9 @@ def ease_factors(
     group_gram = None
     if groups is not None and group_weight:
         group_gram = torch.from_numpy(co_counts(groups, n_items))
-    weights = ease_weights(together, ease.l2, group_gram, group_weight)
+    weights, deviations = ease_weights(together, ease.l2, group_gram, group_weight)
+    if is_standardized:
+        weights = standardized(weights, deviations)
     del group_gram
     leading = leading_vectors(weights, together.float(), n_factors)
     return weights @ leading, leading

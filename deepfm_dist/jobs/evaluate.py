@@ -299,7 +299,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any
 
 
 def _ease_l2(path: Path) -> float:
-    """The L2 with which EASE alone ranked best when a checkpoint's run was trained."""
+    """The L2 with which EASE ranked best when a checkpoint's run was trained."""
     l2 = float(checkpoint.read_state(path).get("ease_l2", EASE_L2))
     log.info("ease: L2 %g (set another one by evaluate.ease_l2)", l2)
     return l2

@@ -369,12 +369,18 @@ class Finish:
         column = add_model(model, wide, 0, 1.0 if linear is None else linear.trained)
         if linear is not None and columns:
             fit = partial(
-                ease_tables, dataset, columns, linear.l2, linear.weight, linear.field_weight
+                ease_tables,
+                dataset,
+                columns,
+                linear.l2,
+                linear.weight,
+                linear.field_weight,
+                is_standardized=True,
             )
             put_ease(wide, world, column, fit)
         marker = self._marker(part, step, choices)
         if linear is not None:
-            marker |= {"ease_l2": linear.l2_alone, "is_ease_alone": not linear.trained}
+            marker |= {"ease_l2": linear.l2_as_published, "is_ease_alone": not linear.trained}
         save_new_run(target, manifest, world, wide, optimizer, step=step, more=marker)
 
 

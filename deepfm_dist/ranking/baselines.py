@@ -162,13 +162,24 @@ class Ease:
 
     def weights(self, together: npt.NDArray[np.float64]) -> Tensor:
         """``[I, I]`` B in float32, from `co_counts`, which are overwritten to save memory."""
+        return self.weights_and_deviations(together)[0]
+
+    def weights_and_deviations(self, together: npt.NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+        """`weights`, and the items' residual standard deviations times the root of the users.
+
+        Returns:
+            ``[I, I]`` B and ``[I]`` ``P_jj^(-1/2)``, float32: the minimum that B's column j attains
+            in ``|x_j - X b|^2 + l2 |b|^2`` with ``b_j = 0`` is ``1 / P_jj - l2``.
+        """
         gram = torch.from_numpy(together)
         gram.diagonal().add_(self.l2)
         columns = gram.T  # column-major for LAPACK; the matrix is symmetric
         torch.linalg.cholesky(columns, out=columns)
         inverse = torch.cholesky_inverse(columns, out=columns)
-        inverse.div_(-inverse.diagonal().clone()).fill_diagonal_(0)
-        return inverse.to(torch.float32, memory_format=torch.contiguous_format)
+        precisions = inverse.diagonal().clone()
+        inverse.div_(-precisions).fill_diagonal_(0)
+        weights = inverse.to(torch.float32, memory_format=torch.contiguous_format)
+        return weights, precisions.rsqrt().float()
 
 
 @dataclass(frozen=True)

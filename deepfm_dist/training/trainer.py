@@ -26,6 +26,7 @@ from deepfm_dist.log import MetricsLog, progress
 from deepfm_dist.model.dropout import begin_step, row_dropouts
 from deepfm_dist.seeding import derive_seed
 from deepfm_dist.training.figures import TrainingFigures
+from deepfm_dist.training.metrics import order_figures
 from deepfm_dist.training.settings import TrainerConfig
 from deepfm_dist.training.state import LoopState
 
@@ -95,6 +96,12 @@ class Hooks:
     asked_to_stop: Callable[[], bool] = lambda: False
     profiler: torch.profiler.profile | None = None
     sent_bytes: Callable[[KeyedJaggedTensor], Mapping[str, int]] = lambda _: {}
+
+
+def _as_line(figures: Mapping[str, float], loss: str) -> str:
+    """Validation figures for the log; those of probabilities only if the loss gives any."""
+    meaningful = figures if loss == "bce" else order_figures(figures)
+    return "  ".join(f"{name} {value:.4f}" for name, value in meaningful.items())
 
 
 class Trainer:
@@ -281,7 +288,7 @@ class Trainer:
         trainer, is_first = self._config.trainer, self._world.is_first
         state.update_best(figures, trainer)
         state.check_monitored(figures, trainer.needs_monitor is not None, is_first)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        shown = _as_line(figures, trainer.loss)
         if self._last is None:
             log.info("start  %s", shown)
         else:

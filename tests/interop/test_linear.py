@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 from sklearn.metrics import ndcg_score
 
 from deepfm_dist.data.jagged import Jagged
@@ -17,6 +18,7 @@ from deepfm_dist.interop.linear import (
     ease_weights,
     leading_vectors,
     search,
+    standardized,
 )
 from deepfm_dist.ranking.baselines import co_counts
 
@@ -102,7 +104,7 @@ def test_next_to_one_that_knows_all_it_has_no_weight(
 
 def _ndcg_of_ease(users: Validation, train: Jagged, l2: float, columns: int) -> float:
     gram = torch.from_numpy(co_counts(train, N_ITEMS)).float()
-    weights = ease_weights(gram, l2)
+    weights = standardized(*ease_weights(gram, l2))
     vectors = leading_vectors(weights, gram, columns)
     return users.ndcg(users.scores(weights @ vectors) @ vectors.T)
 
@@ -122,13 +124,13 @@ def test_what_training_adds_has_to_be_clear(users: tuple[Jagged, Validation]) ->
     train, validation = users
     owner = torch.from_numpy(np.repeat(np.arange(N_USERS), 2))
     hint = 0.3 * validation.trained
-    hint[owner, torch.from_numpy(validation.relevant.values).long()] += 0.15
+    hint[owner, torch.from_numpy(validation.relevant.values).long()] += 0.2
     both = replace(validation, trained=hint)
     actual = search([(train, both)], N_ITEMS, None)
     assert actual.trained == 1
     # It can be had: the same settings give the same figure.
     gram = torch.from_numpy(co_counts(train, N_ITEMS)).float()
-    weights = ease_weights(gram, actual.l2)
+    weights = standardized(*ease_weights(gram, actual.l2))
     vectors = leading_vectors(weights, gram, actual.columns)
     scores = hint + actual.weight * both.scores(weights @ vectors) @ vectors.T
     assert both.ndcg(scores) == pytest.approx(actual.ndcg, abs=1e-6)
@@ -144,11 +146,13 @@ def test_what_training_adds_has_to_be_clear(users: tuple[Jagged, Validation]) ->
     ]
     alone = search([(train, cuts[0])], N_ITEMS, None)
     assert (alone.trained, alone.weight, alone.columns) == (0, 1, N_ITEMS)
-    by_l2 = {l2: cuts[0].ndcg(cuts[0].scores(ease_weights(gram, l2))) for l2 in L2}
+    fits = {l2: ease_weights(gram, l2) for l2 in L2}
+    by_l2 = {l2: cuts[0].ndcg(cuts[0].scores(standardized(*fit))) for l2, fit in fits.items()}
+    published = {l2: cuts[0].ndcg(cuts[0].scores(weights)) for l2, (weights, _) in fits.items()}
     assert alone.ndcg == alone.ndcg_ease == pytest.approx(max(by_l2.values()), abs=1e-6)
     assert by_l2[alone.l2] == pytest.approx(max(by_l2.values()), abs=1e-6)
-    assert alone.l2_alone == alone.l2
-    assert actual.l2_alone in L2
+    assert published[alone.l2_as_published] == pytest.approx(max(published.values()), abs=1e-6)
+    assert actual.l2_as_published in L2
     assert search([(train, cut) for cut in cuts], N_ITEMS, None).trained == 1
     # The same users again in other cuts say little more.
     assert search([(train, cuts[0])] * 5, N_ITEMS, None).trained == 0
@@ -168,12 +172,33 @@ def test_fields_that_say_the_groups_are_used(users: tuple[Jagged, Validation]) -
     assert actual.ndcg > search([(few, validation)], N_ITEMS, None).ndcg + 0.1
 
 
+def test_standardized_scores_are_those_in_units_of_the_residuals_deviation(
+    users: tuple[Jagged, Validation],
+) -> None:
+    """The deviations from a ridge regression of each item on all others, by scikit-learn."""
+    train, _ = users
+    x = np.zeros((N_USERS, N_ITEMS))
+    x[np.repeat(np.arange(N_USERS), 8), train.values] = 1
+    weights, deviations = ease_weights(torch.from_numpy(x.T @ x).float(), 20.0)
+    for item in (0, 25, 59):
+        others = np.delete(x, item, axis=1)
+        ridge = Ridge(20.0, fit_intercept=False, tol=1e-10).fit(others, x[:, item])
+        loss = (
+            np.square(x[:, item] - ridge.predict(others)).sum() + 20 * np.square(ridge.coef_).sum()
+        )
+        assert float(deviations[item]) == pytest.approx((loss + 20) ** 0.5, rel=1e-4)
+        expected = np.insert(ridge.coef_, item, 0) / (loss + 20) ** 0.5
+        assert standardized(weights, deviations)[:, item].numpy() == pytest.approx(
+            expected, abs=1e-5
+        )
+
+
 def test_leading_vectors_are_those_of_the_scores(users: tuple[Jagged, Validation]) -> None:
     train, _ = users
     x = torch.zeros(N_USERS, N_ITEMS, dtype=torch.float64)
     x[np.repeat(np.arange(N_USERS), 8), train.values] = 1
     gram = x.T @ x
-    weights = ease_weights(gram, 20.0).double()
+    weights = ease_weights(gram, 20.0)[0].double()
     vectors = leading_vectors(weights, gram, 5)
     expected = torch.linalg.svd(x @ weights).Vh[:5].T
     overlap = (expected.T @ vectors.double()).abs()
