@@ -36,8 +36,8 @@ class ModelConfig(Section):
     first-order part can learn."""
     linear: Literal["ease", "logistic", "none"] = "none"
     """The part that is fitted rather than trained. ease adds EASE, fitted to the users' items and
-    the items' fields, as further columns of the factors when training is over. Its L2, its weight
-    next to the trained part, the number of its columns and the weight of the fields are measured on
+    the items' fields, as further columns of the factors when training is over; its scores are in
+    units of the deviation of each item's residuals. Its L2, its weight next to the trained part, the number of its columns and the weight of the fields are measured on
     the validation rows, or cross-validated where there are fewer than 20,000 training positives and
     fewer than 1,000 users to validate on.
     Where the sum is not clearly better, EASE alone is used. For an FM of the users' histories.

@@ -217,7 +217,8 @@ def row_verdicts(
 
 EASE_ALONE = Verdict(
     "The model is EASE alone",
-    "with the trained part it did not rank clearly better, so training is not part of this model",
+    "with the trained part it did not rank clearly better, so training is not part of this model; "
+    "unlike the baseline's, its scores are standardized by item",
     "even",
 )
 
