@@ -37,9 +37,10 @@ class ModelConfig(Section):
     linear: Literal["ease", "logistic", "none"] = "none"
     """The part that is fitted rather than trained. ease adds EASE, fitted to the users' items and
     the items' fields, as further columns of the factors when training is over; its scores are in
-    units of the deviation of each item's residuals. Its L2, its weight next to the trained part, the number of its columns and the weight of the fields are measured on
-    the validation rows, or cross-validated where there are fewer than 20,000 training positives and
-    fewer than 1,000 users to validate on.
+    units of the deviation of each item's residuals. Its L2, its weight next to the trained part,
+    the number of its columns and the weight of the fields are measured on the validation rows, or
+    cross-validated where there are fewer than 20,000 training positives and fewer than 1,000 users
+    to validate on.
     Where the sum is not clearly better, EASE alone is used. For an FM of the users' histories.
     logistic starts the first-order weights
     from a logistic regression, whose L2 is estimated for each field from the training rows. How
