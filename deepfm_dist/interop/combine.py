@@ -149,8 +149,8 @@ def ease_tables(
         n_items,
         columns,
         groups,
-        field_weight,
-        is_standardized,
+        group_weight=field_weight,
+        is_standardized=is_standardized,
     )
     if dataset.manifest.cold:  # an unknown item is average, not below all others
         second[0] = second[1:].mean(0)
