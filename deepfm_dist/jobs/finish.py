@@ -274,7 +274,12 @@ class Finish:
         config, n_items = self.config, dataset.manifest.entities["item"]
         most = max(1, SEARCHED_LOGITS // n_items)
         evaluator = RankingEvaluator(
-            dataset, "valid", config.recommend.context, config.evaluate.mask_seen, most
+            dataset,
+            "valid",
+            config.recommend.context,
+            config.evaluate.mask_seen,
+            most,
+            is_logged=False,  # the loop's validation has said it, and users of cuts mean nothing
         )
         model.eval()
         n_users = len(evaluator.users)

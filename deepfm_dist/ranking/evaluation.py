@@ -94,6 +94,7 @@ class RankingEvaluator:
         most_users: size of an evenly spaced sample of the users; None: all.
         cold_items: how to treat items without training rows. Held-out items that are not ranked
             count as missed, except with "only", which measures cold items alone.
+        is_logged: whether to say how many users and held-out items are left out.
 
     Raises:
         ConfigError: a context field has no value or an unknown one.
@@ -108,6 +109,7 @@ class RankingEvaluator:
         mask_seen: bool | None = None,
         most_users: int | None = None,
         cold_items: ColdItems = "exclude",
+        is_logged: bool = True,
     ) -> None:
         self._context = RowEncoder(dataset).fixed_context(context)
         if mask_seen is None:
@@ -118,7 +120,7 @@ class RankingEvaluator:
         if cold_items == "only":
             positives = _part(positives, positives.values >= dataset.manifest.entities["item"])
         relevant_of_all, n_seen = _relevant(positives, before)
-        if n_seen:
+        if n_seen and is_logged:
             log.info(
                 "%s seen in earlier splits: masked, not counted as relevant",
                 plural(n_seen, "held-out item"),
@@ -132,9 +134,9 @@ class RankingEvaluator:
                 f"run.name, or leave recommend.cold_items out"
             )
         left_out = len(relevant_of_all) - 1 - len(self.users)
-        if left_out:
+        if left_out and is_logged:
             log.info("%s without held-out items: not ranked", plural(left_out, "user"))
-        if n_unknown := int(relevant_of_all.lengths[0]):
+        if (n_unknown := int(relevant_of_all.lengths[0])) and is_logged:
             log.info(
                 "%s of unknown users: not ranked",
                 plural(n_unknown, "held-out item"),

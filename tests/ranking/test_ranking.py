@@ -52,6 +52,7 @@ from deepfm_dist.ranking.topk import NO_ITEM, top_k
 from deepfm_dist.runs.trained import open_trained
 from deepfm_dist.training import prediction
 from deepfm_dist.training.evaluation import RowEvaluator
+from tests.data.small_logs import small
 from tests.ranking.cases import (
     COLUMNS_OF_ITEM,
     N_CATEGORICAL,
@@ -828,3 +829,20 @@ def test_a_checkpoint_refuses_other_settings_and_other_data(tmp_path: Path) -> N
     prepare(config.data, config.data_root, config.prepared_dir, seed=2)
     with pytest.raises(RankFailed, match=r"CheckpointError: .* was trained on vocabulary"):
         run_alone(_recommended_and_predicted, config, tmp_path)
+
+
+def test_who_is_not_ranked_is_said_only_if_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "test.csv").write_text("u,i\na,y\nnobody,y\n")
+    split = {"valid": 0, "test_file": "test.csv"}
+    rows = "u,i\na,x\nb,x\nb,y\nc,y\nc,z\n"
+    dataset = small(tmp_path, rows, split=split, negatives={"evaluation_per_positive": 1})
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        for is_logged in (True, False):
+            RankingEvaluator(dataset, "test", {}, is_logged=is_logged)
+    assert [record.message for record in caplog.records] == [
+        "2 users without held-out items: not ranked",
+        "1 held-out item of unknown users: not ranked",
+    ]
