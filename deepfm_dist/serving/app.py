@@ -24,6 +24,7 @@ from pydantic import (
     PlainValidator,
 )
 from pydantic_core import PydanticCustomError, PydanticKnownError
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -52,6 +53,14 @@ MAX_LISTED, MAX_FILTER = 10_000, 1000
 """Maximum items to allow or block per request; characters of its filter."""
 PAGE = Path(__file__).parent / "pages" / "index.html"
 
+
+class _IdConvertor(PathConvertor):
+    """Ids in paths; those of starlette hold no newline."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("id", _IdConvertor())
 Id = Annotated[str, InPath(min_length=1, max_length=MAX_ID)]
 K = Annotated[int, Query(ge=1, le=MAX_K, description="items wanted")]
 Explain = Annotated[int, Query(ge=0, le=MAX_K, description="reasons wanted for each item")]
@@ -401,7 +410,7 @@ def _add_recommender_routes(app: FastAPI, model: ModelInUse) -> None:
         recommender = model.recommender
         return Users(total=recommender.n_users, ids=recommender.find_users(q, limit))
 
-    @app.get("/users/{user_id:path}/recommendations", responses=NOT_FOUND)
+    @app.get("/users/{user_id:id}/recommendations", responses=NOT_FOUND)
     async def recommendations(user_id: Id, k: K = 10, explain: Explain = 0) -> Ranking:
         """A user's best unseen items of the whole catalogue; the score is the logit.
 
@@ -410,7 +419,7 @@ def _add_recommender_routes(app: FastAPI, model: ModelInUse) -> None:
         recommender = model.recommender
         return _ranking(recommender.recommend(user_id, k, explain), recommender)
 
-    @app.get("/users/{user_id:path}", responses=NOT_FOUND)
+    @app.get("/users/{user_id:id}", responses=NOT_FOUND)
     async def user(user_id: Id, limit: Annotated[int, Query(ge=1, le=MAX_K)] = 20) -> User:
         """A user's latest training items."""
         latest, total = model.recommender.history(user_id, limit)
@@ -424,7 +433,7 @@ def _add_recommender_routes(app: FastAPI, model: ModelInUse) -> None:
         """Items with a text in their title."""
         return Items(items=[_item(card) for card in model.recommender.find(q, limit)])
 
-    @app.get("/items/{item_id:path}/similar", responses=NOT_FOUND | NOT_ABLE)
+    @app.get("/items/{item_id:id}/similar", responses=NOT_FOUND | NOT_ABLE)
     async def similar(item_id: Id, k: K = 10) -> Ranking:
         """The items most similar to one; the score is the cosine."""
         recommender = model.recommender

@@ -132,6 +132,13 @@ def test_users_and_items_are_shown_as_people_know_them(client: Any) -> None:
             404,
             "'nobody' is not in the training data",
         ),
+        (
+            "/users/no%0Abody%0A/recommendations",
+            404,
+            "'no\\\\nbody\\\\n' is not in the training data",
+        ),
+        ("/users/no%0Abody%0A", 404, "'no\\\\nbody\\\\n' is not in the training data"),
+        ("/items/no%0Aitem/similar", 404, "'no\\\\nitem' is not in the training data"),
         ("/items/0/similar", 404, "/items?q=TITLE"),
         ("/users/4/recommendations?k=0", 422, "greater than or equal to 1"),
         ("/users/4/recommendations?k=101", 422, "less than or equal to 100"),
