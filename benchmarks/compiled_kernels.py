@@ -50,7 +50,7 @@ def compiled(
 
     Returns:
         Pairs of a tile, registers and spilled bytes of a thread, shared memory in KiB, columns of
-        tensor memory, and how many instructions of tensor cores the code holds.
+        tensor memory, and how many instructions of tensor cores the code holds and of any kind.
     """
     tiles: TileConfig | None = TileConfig.of(sizes, precision)
     while tiles is not None:
@@ -94,7 +94,7 @@ def _compiled(
     )
     took = time.perf_counter() - begun
     ptx = kernel.asm["ptx"]
-    registers, spilled = _resources(arch, ptx)
+    registers, spilled, instructions = _resources(arch, ptx)
     return {
         "seconds": round(took, 1),
         "pairs": tiles.pairs,
@@ -105,6 +105,7 @@ def _compiled(
         "tensor_core_instructions": sum(
             ptx.count(name) for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
         ),
+        "instructions": instructions,
         "compiled_again_for_another": [
             parameter.name
             for parameter in rank_pairs.params
@@ -113,10 +114,10 @@ def _compiled(
     }
 
 
-def _resources(arch: int, ptx: str) -> tuple[int, int]:
-    """Registers of a thread and the bytes of its stack that hold what did not fit into them."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin"
-    tool /= "ptxas-blackwell" if arch >= 100 else "ptxas"
+def _resources(arch: int, ptx: str) -> tuple[int, int, int]:
+    """Registers of a thread, bytes of its stack that hold what did not fit, and instructions."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    tool = tools / ("ptxas-blackwell" if arch >= 100 else "ptxas")
     target = re.search(r"\.target (\w+)", ptx)
     assert target is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -128,9 +129,16 @@ def _resources(arch: int, ptx: str) -> tuple[int, int]:
             text=True,
             check=True,
         ).stderr
+        code = subprocess.run(
+            [tools / "cuobjdump", "-sass", f"{folder}/kernel.cubin"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    instructions = len(re.findall(r"/\*[0-9a-f]{4,}\*/ +[^ ]", code))
     registers, stack = re.search(r"Used (\d+) reg", output), re.search(r"(\d+) bytes stack", output)
     assert registers is not None and stack is not None
-    return int(registers[1]), int(stack[1])
+    return int(registers[1]), int(stack[1]), instructions
 
 
 def main(argv: list[str] | None = None) -> None:

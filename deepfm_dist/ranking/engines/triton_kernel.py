@@ -31,7 +31,7 @@ STEP = 16
 DIM_STEP = 32
 """Dimensions of factor vectors multiplied per iteration."""
 HELD_BYTES = 2048
-"""Limit per pair for the units of two adjacent middle layers, which registers must hold."""
+"""Limit per pair for the units of the layer before the last, which registers must hold."""
 MOST_K = 512
 """Largest K that registers hold; for more, scores are written to memory."""
 RESIDENT_BYTES = 1 << 16
@@ -47,7 +47,8 @@ class TileConfig(NamedTuple):
 
     Attributes:
         units: units of the first layer.
-        middle: block sizes of each layer between the first and the last; registers hold all blocks.
+        middle: block sizes of each layer between the first and the last. Registers hold all blocks
+            of the layer before the last, and one block of the layer before that.
         last: units of the last layer; 0 if there is only one layer.
         chunk: units of the last layer computed per iteration.
         pairs: user-item pairs per tile.
@@ -71,25 +72,25 @@ class TileConfig(NamedTuple):
         if not sizes:
             return cls(0, (), 0, 0, 128, streamed=False, stages=1)
         kind, half = weight_dtype(precision), precision == "bf16"
-        holds_two = len(sizes) > 3
+        chained = len(sizes) > 3
         chunk = power_of_two(sizes[-1], 64 if half else 32) if len(sizes) > 1 else 0
-        # If two layers are held at once, smaller blocks leave more registers free.
-        block = (64 if half else 16) if holds_two else (128 if half else 64)
-        middle = tuple(_blocks(size, block) for size in sizes[1:-1])
-        # Tensor cores take 64 rows at a time; 128 halve the reads of weights, if they fit.
-        fit = _held(sizes) * kind.itemsize <= 1024 and not (holds_two and precision == "fp32")
+        middle = tuple(_blocks(size, 128 if half else 64) for size in sizes[1:-1])
         n_weights = sum(round_up(a, 16) * round_up(b, 16) for a, b in itertools.pairwise(sizes))
         # In fp32, each weight is stored twice: in tf32, and the remainder.
         streamed = n_weights * (2 if half else 8) > RESIDENT_BYTES
+        # 128 pairs, if they fit, take half the instructions and reads of weights of 64: two groups
+        # of four warps would share the 64 rows that tensor cores take, and each would prepare them
+        # all. Sums of the third layer are held in float32.
+        fit = _held(sizes) * (4 if chained else kind.itemsize) <= 1024
         # Half the units per iteration reduce or avoid register spills in these cases.
         is_narrow = precision == "tf32" or (precision == "fp32" and streamed)
-        step = STEP if is_narrow and not holds_two else 2 * STEP
+        step = STEP if is_narrow else 2 * STEP
         return cls(
             units=round_up(sizes[0], step),
             middle=middle,
             last=round_up(sizes[-1], chunk) if chunk else 0,
             chunk=chunk,
-            pairs=128 if fit and (half or not streamed) else 64,
+            pairs=128 if fit else 64,
             streamed=streamed,
             stages=2 if half else 1,
             step=step,
@@ -141,7 +142,7 @@ def unsupported_reason(sizes: Sequence[int], precision: Precision) -> str | None
     if len(sizes) > 4:
         return f"the over-arch has {len(sizes)} hidden layers, more than 4"
     if _held(sizes) > most:
-        return f"layers between the first and the last have more than {most} units in {precision}"
+        return f"the hidden layer before the last has more than {most} units in {precision}"
     return None
 
 
@@ -151,9 +152,8 @@ def weight_dtype(precision: Precision) -> torch.dtype:
 
 
 def _held(sizes: Sequence[int]) -> int:
-    """The most units that registers hold at once."""
-    middle = [round_up(size, 16) for size in sizes[1:-1]]
-    return max((a + b for a, b in itertools.pairwise([0, *middle])), default=0)
+    """The units that registers hold at once: those of the layer before the last."""
+    return round_up(sizes[-2], 16) if len(sizes) > 2 else 0
 
 
 def power_of_two(n: int, most: int, least: int = 16) -> int:
@@ -186,6 +186,12 @@ def _size(blocks: Any) -> int:
     return sum(blocks)
 
 
+@triton.constexpr_function
+def _equal(blocks: Any) -> int:
+    """How many blocks are as large as the first; these come first."""
+    return sum(block == blocks[0] for block in blocks)
+
+
 @triton.jit
 def _first_layer(
     user_hidden, item_hidden, user, item, begin,
@@ -196,6 +202,13 @@ def _first_layer(
     u = tl.load(user_hidden + user[:, None] * UNITS + unit[None, :])
     i = tl.load(item_hidden + item[:, :, None] * UNITS + unit[None, None, :])
     return tl.maximum(u[:, None, :] + i, 0.0).reshape(PAIRS, STEP)
+
+
+@triton.jit
+def _biased(biases, begin, PAIRS: tl.constexpr, N: tl.constexpr):
+    """The biases of N units, starting at ``begin``, for each pair: ``[PAIRS, N]``."""
+    bias = tl.load(biases + begin + tl.arange(0, N))
+    return tl.zeros((PAIRS, N), tl.float32) + bias[None, :]
 
 
 @triton.jit
@@ -220,11 +233,63 @@ def _second_layer(
 ):  # fmt: skip
     """Computes N units of the second layer, starting at ``begin``, and its inputs on the fly."""
     out = begin + tl.arange(0, N)
-    sums = tl.zeros((PAIRS, N), tl.float32) + tl.load(biases + out)[None, :]
+    sums = _biased(biases, begin, PAIRS, N)
     for k in tl.range(0, UNITS, STEP, num_stages=STAGES):
         x = _first_layer(user_hidden, item_hidden, user, item, k, UNITS, STEP, PAIRS)
         sums = _add(x, weights, k, out, sums, UNITS, STEP, PRECISION)
     return tl.maximum(sums, 0.0)
+
+
+@triton.jit
+def _add_blocks(
+    x, weights, begin, sums,
+    BLOCKS: tl.constexpr, N: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the products of N inputs, starting at ``begin``, to all blocks of a layer's sums."""
+    added = ()
+    for b in tl.static_range(len(BLOCKS)):
+        out = _begin(BLOCKS, b) + tl.arange(0, BLOCKS[b])
+        block = _add(x, weights, begin, out, sums[b], INPUTS, N, PRECISION)
+        added = added + (block,)  # type: ignore[assignment] # noqa: RUF005  (Triton has no star)
+    return added
+
+
+@triton.jit
+def _third_layer(
+    user_hidden, item_hidden, user, item, weights, biases,
+    UNITS: tl.constexpr, STEP: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr,
+    PAIRS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Computes the third layer in blocks. Each block of the second is added to it and let go.
+
+    Equal blocks are a loop: written out, the code would be several times as long, and offsets of
+    every block would take registers.
+    """
+    above = weights + _size(SECOND) * UNITS
+    sums = ()
+    for b in tl.static_range(len(THIRD)):
+        begin = _size(SECOND) + _begin(THIRD, b)
+        bias = _biased(biases, begin, PAIRS, THIRD[b])
+        sums = sums + (bias,)  # type: ignore[assignment] # noqa: RUF005
+    for begin in tl.range(0, _equal(SECOND) * SECOND[0], SECOND[0], num_stages=1):
+        x = _second_layer(
+            user_hidden, item_hidden, user, item, weights, biases, begin,
+            UNITS, STEP, SECOND[0], PAIRS, PRECISION, STAGES,
+        )  # fmt: skip
+        sums = _add_blocks(x, above, begin, sums, THIRD, SECOND[0], _size(SECOND), PRECISION)
+    for b in tl.static_range(_equal(SECOND), len(SECOND)):
+        x = _second_layer(
+            user_hidden, item_hidden, user, item, weights, biases, _begin(SECOND, b),
+            UNITS, STEP, SECOND[b], PAIRS, PRECISION, STAGES,
+        )  # fmt: skip
+        sums = _add_blocks(
+            x, above, _begin(SECOND, b), sums, THIRD, SECOND[b], _size(SECOND), PRECISION
+        )
+    y = ()
+    for b in tl.static_range(len(THIRD)):
+        units = tl.maximum(sums[b], 0.0).to(weights.dtype.element_ty)
+        y = y + (units,)  # type: ignore[assignment] # noqa: RUF005
+    return y
 
 
 @triton.jit
@@ -234,7 +299,7 @@ def _next_layer(
 ):  # fmt: skip
     """Computes N units, starting at ``begin``, of a layer whose inputs are held in blocks."""
     out = begin + tl.arange(0, N)
-    sums = tl.zeros((PAIRS, N), tl.float32) + tl.load(biases + out)[None, :]
+    sums = _biased(biases, begin, PAIRS, N)
     for b in tl.static_range(len(BLOCKS)):
         sums = _add(
             x[b], weights, _begin(BLOCKS, b), out, sums, _size(BLOCKS), BLOCKS[b], PRECISION
@@ -256,26 +321,24 @@ def _over_arch(
             x = _first_layer(user_hidden, item_hidden, user, item, k, UNITS, STEP, PAIRS)
             total += tl.sum(x * tl.load(output + k + tl.arange(0, STEP))[None, :], 1)
     else:  # an early return would not help: Triton compiles what follows it anyway
-        kind = weights.dtype.element_ty
         x = ()
-        for b in tl.static_range(len(SECOND)):
-            units = _second_layer(
-                user_hidden, item_hidden, user, item, weights, biases, _begin(SECOND, b),
-                UNITS, STEP, SECOND[b], PAIRS, PRECISION, STAGES,
+        y = ()
+        if len(THIRD) > 0:
+            y = _third_layer(
+                user_hidden, item_hidden, user, item, weights, biases,
+                UNITS, STEP, SECOND, THIRD, PAIRS, PRECISION, STAGES,
             )  # fmt: skip
-            x = x + (units.to(kind),)  # noqa: RUF005  (Triton has no star)
-        if len(SECOND) > 0:
+            weights += _size(SECOND) * UNITS + _size(THIRD) * _size(SECOND)
+            biases += _size(SECOND) + _size(THIRD)
+        else:
+            for b in tl.static_range(len(SECOND)):
+                units = _second_layer(
+                    user_hidden, item_hidden, user, item, weights, biases, _begin(SECOND, b),
+                    UNITS, STEP, SECOND[b], PAIRS, PRECISION, STAGES,
+                )  # fmt: skip
+                x = x + (units.to(weights.dtype.element_ty),)  # noqa: RUF005
             weights += _size(SECOND) * UNITS
             biases += _size(SECOND)
-        y = ()
-        for b in tl.static_range(len(THIRD)):
-            units = _next_layer(
-                x, weights, biases, _begin(THIRD, b), SECOND, THIRD[b], PAIRS, PRECISION
-            )
-            y = y + (units.to(kind),)  # type: ignore[assignment] # noqa: RUF005
-        if len(THIRD) > 0:
-            weights += _size(THIRD) * _size(SECOND)
-            biases += _size(THIRD)
         for n in tl.range(0, LAST, CHUNK, num_stages=LAST_STAGES):
             if len(THIRD) > 0:
                 z = _next_layer(y, weights, biases, n, THIRD, CHUNK, PAIRS, PRECISION)
