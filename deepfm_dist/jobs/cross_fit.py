@@ -4,8 +4,10 @@ A model of few labelled rows depends on which rows it saw, and few validation ro
 much of it to use. So where training starts from a logistic regression, training and validation rows
 are divided into folds, and for each fold a DeepFM and an FM are trained on the rows of the others,
 for about as many steps as the validation rows found best. Every row is then scored by the models
-that do not know it. These scores decide how much of the regression, of what the DeepFMs add to it
-and of what the FMs add to it is used; an FM of its own learns pairs faster than that of a DeepFM.
+that do not know it. These scores decide how much of the regression, of what the factors and the
+over-arch of the DeepFMs add to it, and of what the FMs add to it is used; an FM of its own learns
+pairs faster than that of a DeepFM, whose factors learn rows by heart where only the over-arch finds
+what the labels depend on.
 The models' mean log-odds are those of one model: its factors and hidden units are those of all, and
 its over-arch has their layers on the diagonal.
 
@@ -35,7 +37,12 @@ from deepfm_dist.distributed.sharding import DistributedModelParallel, local_sha
 from deepfm_dist.distributed.world import World
 from deepfm_dist.interop.logistic import FOLDS, Weights, fit_folds, folds
 from deepfm_dist.interop.shares import log_loss, mean_shares
-from deepfm_dist.jobs.first_order import SMALLEST_SHARE, first_order_weights, put_weights
+from deepfm_dist.jobs.first_order import (
+    SMALLEST_SHARE,
+    first_order_weights,
+    put_weights,
+    without_output,
+)
 from deepfm_dist.jobs.widen import add_model, empty_model, shard_to_widen
 from deepfm_dist.log import MetricsLog
 from deepfm_dist.messages import plural
@@ -122,7 +129,7 @@ class CrossFitting:
         assert starts is not None
         wide, optimizer = empty_model(with_all_models(config), self.dataset.manifest, world)
         means = [[each.clone() for each in first_order_weights(wide)] for _ in [*kinds, None]]
-        scores = np.zeros((len(kinds), rows.n))
+        scores = [np.zeros((2 if kind.model.deep else 1, rows.n)) for kind in kinds]
         for fold, start in enumerate(starts.weights):
             known, others = (_taken(columns, fold_of == fold), _taken(columns, fold_of != fold))
             for kind, settings in enumerate(kinds):
@@ -130,7 +137,7 @@ class CrossFitting:
                 if trained is None:
                     return None
                 model, start_weights = trained
-                scores[kind, fold_of == fold] = self._logits(model, Rows.of(known))
+                scores[kind][:, fold_of == fold] = self._logits(model, Rows.of(known))
                 column = (kind * FOLDS + fold) * config.model.embedding_dim
                 add_model(model, wide, column, 1 / FOLDS)
                 _add(means[kind], first_order_weights(model))
@@ -189,8 +196,17 @@ class CrossFitting:
         return (model, start_weights) if state.step == steps else None
 
     def _logits(self, model: DistributedModelParallel, rows: Rows) -> Float64Array:
-        """``[n]`` of rows, on rank 0; elsewhere 0."""
+        """``[parts, n]`` of rows, on rank 0; elsewhere 0. An over-arch is added last."""
         model.eval()
+        over_arch = deepfm_of(model).interaction_arch.over_arch
+        if not isinstance(over_arch, OverArch):
+            return self._scores(model, rows)[None]
+        with without_output(over_arch):
+            others = self._scores(model, rows)
+        return np.stack([others, self._scores(model, rows)])
+
+    def _scores(self, model: DistributedModelParallel, rows: Rows) -> Float64Array:
+        """``[n]`` logits of rows, on rank 0; elsewhere 0."""
         collate = Collator(self.dataset)
 
         def batch(begin: int, end: int) -> Batch:
@@ -218,10 +234,10 @@ def _shares(
     n_valid: int,
     constants: Float64Array,
     regression: Float64Array,
-    scores: Float64Array,
+    scores: Sequence[Float64Array],
     config: Config,
 ) -> tuple[list[float], float, str]:
-    """The share of the regression and of what each kind of model adds to it, and a sentence.
+    """The share of the regression and of what the parts of each kind of model add, and a sentence.
 
     In between: the log loss of the validation rows.
 
@@ -230,20 +246,25 @@ def _shares(
         n_valid: number of validation rows, which are the last ones.
         constants: ``[B]`` log-odds, as the other arguments by what does not know the row.
         regression: ``[B]``.
-        scores: ``[kinds, B]``.
+        scores: ``[parts, B]`` by each kind of model, from `CrossFitting._logits`.
         config: the settings.
     """
     assert rows.labels is not None
     labels = rows.labels.astype(np.float64)
     weights = np.ones(rows.n) if rows.weights is None else rows.weights.astype(np.float64)
-    additions = [regression - constants, *(scores - regression)]
+    additions = [regression - constants]
+    for of_kind in scores:
+        additions += [*np.diff(np.stack([regression, *of_kind]), axis=0)]
     shares = mean_shares(constants, additions, labels, weights)
     blended = constants + sum(s * part for s, part in zip(shares, additions, strict=True))
     trained = [_name(kind) for kind in kinds_of(config)]
-    added = " and ".join(
-        f"{s:.2f} of what {name} adds" for s, name in zip(shares[1:], trained, strict=True)
-    )
-    losses = [log_loss(each, labels, weights) for each in (blended, *scores, regression, constants)]
+    parts = [f"what {name} adds" for name in trained]
+    if len(shares) > 1 + len(parts):
+        parts[:1] = [f"what {trained[0]} adds without its over-arch", "its over-arch"]
+    *first, last = [f"{s:.2f} of {part}" for s, part in zip(shares[1:], parts, strict=True)]
+    added = f"{', '.join(first)} and {last}" if first else last
+    whole = [of_kind[-1] for of_kind in scores]
+    losses = [log_loss(each, labels, weights) for each in (blended, *whole, regression, constants)]
     figures = [f"{loss:.4f}" for loss in losses]
     others = [f"of {name} {figure}" for name, figure in zip(trained, figures[1:], strict=False)]
     text = (
@@ -266,16 +287,17 @@ def _apply(
     shares: Sequence[float],
     constant: float,
 ) -> None:
-    """Scales what each kind of model adds to the regression, and the regression itself.
+    """Scales what the parts of each kind of model add to the regression, and the regression.
 
     Args:
         wide: the sum of the models, each times 1 / `FOLDS`.
         means: first-order weights of each kind of model and, last, of the regression: means over
             the folds.
-        shares: the shares of the regression, and of what each kind of model adds.
+        shares: the shares of the regression, and of what the parts of each kind of model add.
         constant: log-odds that the rest of the regression is.
     """
     arch, (of_start, *of_kinds) = deepfm_of(wide).interaction_arch, shares
+    of_over_arch = of_kinds.pop(1) if isinstance(arch.over_arch, OverArch) else 0.0
     for weights, *trained, start in zip(first_order_weights(wide), *means, strict=True):
         added = [s * (each - start) for s, each in zip(of_kinds, trained, strict=True)]
         weights.copy_(of_start * start + torch.stack(added).sum(0))
@@ -291,5 +313,5 @@ def _apply(
     if isinstance(arch.over_arch, OverArch):
         first, output = arch.over_arch.layers[0], arch.over_arch.layers[-1]
         first.weight.div_(float(scales[0]))
-        output.weight.mul_(of_kinds[0])
-        output.bias.mul_(of_kinds[0])
+        output.weight.mul_(of_over_arch)
+        output.bias.mul_(of_over_arch)

@@ -158,7 +158,7 @@ def blend(config: Config, dataset: PreparedDataset, world: World, best_step: int
     if best_step:
         load(find_checkpoint(config.run_dir, best_step), world, model)
         if isinstance(over_arch, OverArch):
-            with _without_output(over_arch):
+            with without_output(over_arch):
                 scored.append(rows.scored_rows(model, world))
         scored.append(rows.scored_rows(model, world))
     choose = partial(_shares, scored, dataset.manifest.log_odds[0])
@@ -227,7 +227,7 @@ def _apply(
 
 
 @contextmanager
-def _without_output(over_arch: OverArch) -> Iterator[None]:
+def without_output(over_arch: OverArch) -> Iterator[None]:
     """Disables the over-arch inside the context."""
     output = over_arch.layers[-1]
     weights = [output.weight.data, output.bias.data]

@@ -32,6 +32,31 @@ def test_many_rows_find_the_true_shares_and_none_are_split_evenly() -> None:
     assert mean_shares(base, [], labels, np.ones(20_000)) == []
 
 
+@pytest.mark.parametrize("share", [0.0, 0.29])
+def test_shares_of_many_rows_are_as_exact_as_those_of_few(share: float) -> None:
+    rng = np.random.default_rng(3)
+    base, part = rng.normal(size=(2, 100_000))
+    labels = (rng.random(100_000) < 1 / (1 + np.exp(-base - share * part))).astype(float)
+    shares = np.linspace(max(0, share - 0.05), min(1, share + 0.05), 201)
+    losses = np.array([log_loss(base + s * part, labels, np.ones(100_000)) for s in shares])
+    likelihoods = np.exp(-100_000 * (losses - losses.min()))
+    expected = np.trapezoid(likelihoods * shares, shares) / np.trapezoid(likelihoods, shares)
+    assert mean_shares(base, [part], labels, np.ones(100_000)) == pytest.approx(
+        [expected], abs=2e-4
+    )
+
+
+def test_four_shares_that_depend_on_each_other_are_found() -> None:
+    rng = np.random.default_rng(4)
+    base, *parts = rng.normal(size=(5, 10_000))
+    parts[1] = 0.8 * parts[0] + 0.6 * parts[1]
+    logits = base + 0.9 * parts[0] + 0.1 * parts[1] + 0.5 * parts[2]
+    labels = (rng.random(10_000) < 1 / (1 + np.exp(-logits))).astype(float)
+    shares = mean_shares(base, parts, labels, np.ones(10_000))
+    assert shares == pytest.approx([0.9, 0.1, 0.5, 0], abs=0.08)
+    assert shares[0] + 0.8 * shares[1] == pytest.approx(0.98, abs=0.05)
+
+
 def test_log_loss_is_a_weighted_mean() -> None:
     logits, labels = np.array([0.0, 2.0]), np.array([1.0, 0.0])
     expected = (np.log(2) + 3 * np.log(1 + np.exp(2))) / 4

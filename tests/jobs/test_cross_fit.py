@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from deepfm_dist.build import deepfm_of
 from deepfm_dist.config import Config, config_from, with_settings
 from deepfm_dist.data.dataset import PreparedDataset, Rows
 from deepfm_dist.distributed.checkpoint import find_checkpoint, read_state
@@ -15,7 +16,7 @@ from deepfm_dist.distributed.sharding import DistributedModelParallel
 from deepfm_dist.distributed.world import World
 from deepfm_dist.interop.logistic import fit_folds, folds
 from deepfm_dist.jobs.cross_fit import CrossFitting, _taken, kinds_of
-from deepfm_dist.jobs.first_order import put_weights
+from deepfm_dist.jobs.first_order import put_weights, without_output
 from deepfm_dist.jobs.train import train
 from deepfm_dist.jobs.widen import empty_model
 from deepfm_dist.recipe import choices_in
@@ -86,8 +87,8 @@ def _agrees_with_its_parts(folder: Path) -> str:
         log = dataset.rows("train"), dataset.rows("valid")
         assert rows.labels.tolist() == [y for part in log for y in part.labels]
         starts = fit_folds(dataset, rows, fold_of)
-        regression, of_kinds = np.zeros(240), np.zeros((2, 240))
-        out_of_fold = np.zeros((2, rows.n))
+        regression, of_parts = np.zeros(240), np.zeros((3, 240))
+        out_of_fold = np.zeros((3, rows.n))
         for fold, start in enumerate(starts.weights):
             alone, _ = empty_model(config, dataset.manifest, world)
             put_weights(start, alone)
@@ -97,25 +98,32 @@ def _agrees_with_its_parts(folder: Path) -> str:
                     settings, fold, start, _taken(columns, fold_of != fold), steps=8
                 )
                 assert trained is not None
-                of_kinds[kind] += _logits(trained[0], world, dataset) / 5
-                own = Rows.of(_taken(columns, fold_of == fold))
-                out_of_fold[kind, fold_of == fold] = fitting._logits(trained[0], own)
+                own, part = Rows.of(_taken(columns, fold_of == fold)), 2 * kind
+                out_of_fold[part : part + 2, fold_of == fold] = fitting._logits(trained[0], own)
+                if kind == 0:
+                    with without_output(deepfm_of(trained[0]).interaction_arch.over_arch):
+                        of_parts[0] += _logits(trained[0], world, dataset) / 5
+                    part = 1
+                of_parts[part] += _logits(trained[0], world, dataset) / 5
         logits = _logits(used.sharded, world, dataset)
     constant = starts.constants.mean()
-    parts = np.stack([regression - constant, *(of_kinds - regression)], 1)
+    deep = [of_parts[0] - regression, of_parts[1] - of_parts[0]]
+    parts = np.stack([regression - constant, *deep, of_parts[2] - regression], 1)
     exact = np.linalg.lstsq(parts, logits - constant, rcond=None)[0]
     shares = [float(share) for share in re.findall(r"(\d\.\d\d) of", text)]
     assert exact == pytest.approx(shares, abs=0.006)
     assert logits == pytest.approx(constant + parts @ exact, abs=1e-4)
     figures = [float(figure) for figure in re.findall(r"0\.\d{4}", text)]
     scores = [starts.held_out, starts.constants[fold_of]]
-    for figure, of_rows in zip(figures[1:], [*out_of_fold, *scores], strict=True):
+    for figure, of_rows in zip(figures[1:], [*out_of_fold[1:], *scores], strict=True):
         losses = np.log1p(np.exp(np.where(rows.labels == 1, -of_rows, of_rows)))
         assert figure == pytest.approx(np.average(losses, weights=rows.weights), abs=6e-5)
     assert figures[0] < min(figures[1:])
     # The figure of a search: of validation rows, by what does not know them.
     base, known = starts.constants[fold_of], starts.held_out
-    blended = base + exact @ np.stack([known - base, *(out_of_fold - known)])
+    of_deep, with_over_arch, of_fm = out_of_fold
+    added = [known - base, of_deep - known, with_over_arch - of_deep, of_fm - known]
+    blended = base + exact @ np.stack(added)
     losses = np.log1p(np.exp(np.where(rows.labels == 1, -blended, blended)))[-240:]
     best = read_state(used.checkpoint)["trainer"]["best"]
     assert best == pytest.approx(np.average(losses, weights=rows.weights[-240:]), abs=1e-4)
