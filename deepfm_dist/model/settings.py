@@ -47,7 +47,7 @@ class ModelConfig(Section):
     much of it is used instead of a constant is decided by cross-validation, and how much of what
     the FM and the over-arch learn from there by the validation rows.
     For rows with labels. auto: ease where that can be done and there are no more than 20,000 items;
-    logistic below 100,000 labelled rows."""
+    logistic below 100,000 labelled rows, and below 300,000 with trainer.refit_best."""
     deep: bool = True
     """The over-arch. first_order alone is LR; with fm, an FM; deep alone, a DNN."""
     over_arch: str = "mlp"

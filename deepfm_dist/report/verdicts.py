@@ -274,7 +274,9 @@ def training_verdicts(
     if sum(at > best_step for at, _ in points) >= WARN_AFTER:
         return [
             Verdict(
-                "Trained for too long" if trainer.get("patience") is None else "Stopped early",
+                "Trained for too long"
+                if trainer.get("patience") is None
+                else "Best before the end",
                 f"validation {name} was best at step {best_step:,} ({best:.4f}); at the last one, "
                 f"step {last_step:,}, it is {last:.4f}",
                 "even",

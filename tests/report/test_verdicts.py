@@ -355,7 +355,7 @@ def test_ease_alone_is_not_judged_by_the_training_that_it_does_not_use() -> None
     rows |= {"majority_rate": 0.75}
     settings = {"trainer": {"epochs": 9, "patience": 2}}
     state = {"step": 20, "config": settings, "trainer": {"monitor": "log_loss"}}
-    for is_ease_alone, title in ((False, "Stopped early"), (True, "The model is EASE alone")):
+    for is_ease_alone, title in ((False, "Best before the end"), (True, "The model is EASE alone")):
         marker = state | {"is_ease_alone": is_ease_alone}
         verdicts = verdicts_on(marker, validations, rows, Unknown(9, {}), "test", None, 10)
         assert [v.title for v in verdicts] == ["Better than a constant", title]
@@ -364,7 +364,7 @@ def test_ease_alone_is_not_judged_by_the_training_that_it_does_not_use() -> None
 def test_a_run_that_stopped_early_was_not_too_long() -> None:
     validations = losses(0.5, 0.25, 0.375, 0.3125)
     [verdict] = training_verdicts(validations, 20, "log_loss", {"epochs": 9, "patience": 2})
-    assert (verdict.title, verdict.kind) == ("Stopped early", "even")
+    assert (verdict.title, verdict.kind) == ("Best before the end", "even")
 
 
 @pytest.mark.parametrize(
