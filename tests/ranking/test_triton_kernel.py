@@ -165,6 +165,9 @@ KERNELS = {
     "sm_90 fp32 300-200-100-50": (496, True),  # half the pairs would spill more and double the work
     "sm_90 fp32 300-200": (0, True),
     "sm_90 tf32 300-200-100": (0, True),
+    "sm_90 fp32 300-200-100": (784, True),
+    "sm_90 tf32 400-400-400": (0, True),
+    "sm_90 bf16 400-400-400-400": (256, True),
     "sm_100 bf16 300-200-100-50": (0, True),  # with smaller tiles: 128 pairs exceed tensor memory
     "sm_90 bf16 400-400-400": (216, True),  # twice the pairs share a reading of the weights
     "sm_90 fp32 400-400-400": (360, True),
