@@ -177,8 +177,8 @@ def _inputs(
     kept = list(dict.fromkeys([*named, *context, *kept]))
     if unused := [column for column in interactions.columns if column not in kept]:
         log.warning(
-            "interactions: columns that are not used: %s; context= takes those that are fields of "
-            "the model",
+            "interactions: columns not used: %s; to make one a field of the model, name it in "
+            "context=",
             listed(unused),
         )
     frames["interactions.parquet"] = interactions[kept]

@@ -162,7 +162,9 @@ def with_history(tree: Any) -> Any:
         )  # stated, as runs before this choice have it
         targets = "later" if _next_is_held_out(data) and not left_out else "random"
     taken = [field.get("name") for field in fields]
-    if history.get("add", AUTO) == AUTO and not added and _are_of_items(fields):
+    has_new_users = _section(data, "split").get("method") == "users"
+    is_chosen = history.get("add", AUTO) == AUTO and not added
+    if is_chosen and _are_of_items(fields) and not has_new_users:
         name = next((name for name in ID_NAMES if name not in taken), ID_NAMES[-1])
         changed["features"] = [*features, {"name": name, "entity": "user"}]
     if added is True and not has_history:
@@ -280,13 +282,16 @@ def saved_choices(
         Values by dotted name; ``auto`` for those to choose again.
     """
     kept = {name: value_at(saved, name, AUTO) for name, _ in config.auto_settings()}
-    epochs = _Draft(config).get("trainer.epochs")
-    is_longer = "trainer.epochs" not in kept and epochs != value_at(saved, "trainer.epochs")
+    draft = _Draft(config)
+    has_other_length = any(
+        name not in kept and draft.get(name) != value_at(saved, name)
+        for name in ("trainer.epochs", "trainer.max_steps")
+    )
     kept = {name: value for name, value in kept.items() if value != AUTO}
-    if is_longer:  # planned again: after the planned epochs the rate is 0
+    if has_other_length:  # planned again: after the planned steps the rate is 0
         was_chosen = {choice.setting: choice.value for choice in chosen}
         for name in DECAY_STEPS:
-            if name in kept or _Draft(config).get(name) == was_chosen.get(name, AUTO):
+            if kept.get(name, draft.get(name)) == was_chosen.get(name, AUTO):
                 kept[name] = AUTO
     return kept
 
@@ -340,8 +345,11 @@ def _planned_decay(draft: "_Draft", manifest: Manifest, setting: str) -> tuple[i
     epochs, per_epoch = draft.get("trainer.epochs"), _steps_per_epoch(draft, manifest)
     warm_up = draft.get(setting.replace("decay_steps", "warmup_steps"))
     after = f" after {plural(warm_up, 'step')} of warm-up" if warm_up else ""
-    planned = f"{plural(epochs, 'epoch')} of {plural(per_epoch, 'step')}{after}"
-    return max(1, epochs * per_epoch - warm_up), planned
+    planned, steps = f"{plural(epochs, 'epoch')} of {plural(per_epoch, 'step')}", epochs * per_epoch
+    most = draft.get("trainer.max_steps")
+    if most is not None and most < steps:
+        planned, steps = f"trainer.max_steps={most}", most
+    return max(1, steps - warm_up), f"{planned}{after}"
 
 
 def _steps_per_epoch(draft: "_Draft", manifest: Manifest) -> int:

@@ -293,7 +293,7 @@ def test_columns_that_are_not_used_are_named(
     with pytest.raises(ConfigError):  # before anything is trained
         fit(frame, **COLUMNS, folder=tmp_path, name="a/b", data={"interactions": rows})
     assert [record.message.partition(";")[0] for record in caplog.records] == [
-        "interactions: columns that are not used: device, odd name"
+        "interactions: columns not used: device, odd name"
     ]
     caplog.clear()
     with pytest.raises(ConfigError):

@@ -229,17 +229,26 @@ def test_the_rate_falls_over_all_epochs(sample: PreparedDataset) -> None:
     assert (tables.decay, tables.decay_steps) == ("linear", first.trainer.epochs * steps_per_epoch)
     # Of a run that is continued for more epochs, too: they would have a rate of 0.
     saved, longer = first.model_dump(mode="json"), first.trainer.epochs + 5
-    more, _ = resolve(_config(trainer={"epochs": longer}), manifest, saved)
+    chosen = [Choice("optimizer.tables.decay_steps", tables.decay_steps, "")]
+    more, _ = resolve(_config(trainer={"epochs": longer}), manifest, saved, chosen)
     assert more.optimizer.tables.decay_steps == longer * steps_per_epoch
     # And where its own settings, all of them stated, are given by --run.
     own = first.model_copy(update={"trainer": first.trainer.model_copy(update={"epochs": longer})})
-    chosen = [Choice("optimizer.tables.decay_steps", tables.decay_steps, "")]
     more, again = resolve(own, manifest, saved, chosen)
     assert more.optimizer.tables.decay_steps == longer * steps_per_epoch
     epochs = Choice("trainer.epochs", first.trainer.epochs, "")
     assert again[0] in (held := that_hold([epochs, *chosen], again, more))
     assert not {epochs, *chosen} & {*held}
-    typed, _ = resolve(own, manifest, saved, ())
+    for config in (own, _config(trainer={"epochs": longer})):  # what was typed is kept
+        typed, _ = resolve(config, manifest, saved, ())
+        assert typed.optimizer.tables.decay_steps == tables.decay_steps
+    shorter, choices = resolve(_config(trainer={"max_steps": 10}), manifest)
+    assert shorter.optimizer.tables.decay_steps == 10
+    assert "optimizer.tables.decay_steps=10 (trainer.max_steps=10)" in [*map(str, choices)]
+    saved_short = shorter.model_dump(mode="json")
+    chosen_short = [Choice("optimizer.tables.decay_steps", 10, "")]
+    more, _ = resolve(_config(trainer={"max_steps": 20}), manifest, saved_short, chosen_short)
+    assert more.optimizer.tables.decay_steps == 20
     assert typed.optimizer.tables.decay_steps == tables.decay_steps
     constant = _config(optimizer={"tables": {"decay": "constant"}})
     assert resolve(constant, manifest)[0].optimizer.tables.decay_steps is None

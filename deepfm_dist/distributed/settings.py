@@ -36,9 +36,9 @@ class RunConfig(Section):
     timeout_s: float = Field(120, gt=0)
     """Seconds after which a rank that waits for a lost or hanging one gives up."""
     loggers: tuple[str, ...] = ("tensorboard",)
-    """Metric loggers of training in addition to metrics.jsonl, which evaluate and recommend write
-    alone: tensorboard, or import paths ``package.module:function``; called with (event, values) on
-    rank 0."""
+    """Where figures of training go in addition to metrics.jsonl: tensorboard, or import paths
+    ``package.module:function``; called with (event, values) on rank 0. evaluate and recommend write
+    to metrics.jsonl only."""
 
     @property
     def process_group(self) -> tuple[str, float, int, bool]:

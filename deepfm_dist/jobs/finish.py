@@ -184,7 +184,8 @@ class Finish:
         self._say(choice)
         target = self._target(SELECTED)
         marker = self._marker(SELECTED, step, with_choice(self.choices, choice))
-        marker["trainer"]["best"] = blend.log_loss
+        if self.config.monitor == "log_loss":
+            marker["trainer"]["best"] = blend.log_loss
         manifest, world = self.dataset.manifest, self.world
         save_new_run(target, manifest, world, blend.model, blend.optimizer, step=step, more=marker)
 
@@ -198,7 +199,8 @@ class Finish:
         choice = Choice("trainer.refit_best", True, mean.text)
         self._say(choice)
         marker = self._marker(REFIT, mean.steps, with_choice(self.choices, choice))
-        marker["trainer"]["best"] = mean.log_loss
+        if self.config.monitor == "log_loss":
+            marker["trainer"]["best"] = mean.log_loss
         save_new_run(
             with_all_models(self._target(REFIT)),
             self.dataset.manifest,
@@ -385,7 +387,11 @@ class Finish:
             put_ease(wide, world, column, fit)
         marker = self._marker(part, step, choices)
         if linear is not None:
-            marker |= {"ease_l2": linear.l2_as_published, "is_ease_alone": not linear.trained}
+            marker |= {
+                "ease_l2": linear.l2_as_published,
+                "is_ease_alone": not linear.trained,
+                "is_ease_standardized": True,
+            }
         save_new_run(target, manifest, world, wide, optimizer, step=step, more=marker)
 
 

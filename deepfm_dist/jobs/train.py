@@ -204,9 +204,9 @@ def _finish(
 
 def _prepare(config: Config) -> tuple[dict[str, Any] | None, tuple[Choice, ...]]:
     """Prepares the data; returns what is inherited from an earlier run."""
-    settings = inherited_settings(config)
+    inherited = inherited_settings(config)
     prepare_locked(config)
-    return settings
+    return inherited
 
 
 @dataclass(frozen=True)

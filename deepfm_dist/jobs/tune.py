@@ -27,6 +27,8 @@ from deepfm_dist.training.state import NonFiniteLoss, is_lower_better
 from deepfm_dist.training.trainer import Pruned
 
 log = logging.getLogger(__name__)
+OF_PARTS = "log_loss"
+"""The figure that is measured of the parts of a click model's run."""
 WAIT_S = 2.0
 """Seconds between checks for trials whose process is lost."""
 
@@ -122,6 +124,8 @@ def _run_trial(
     }
     if config.data.task == "implicit":  # a trial ends after its comparison
         shared |= {"model.linear": "none", "trainer.refit_best": False}
+    elif monitor != OF_PARTS:  # what follows the loop is measured by the log loss alone
+        shared |= {"trainer.refit_best": False}
 
     def on_validation(figures: Mapping[str, float], epoch: int) -> None:
         if world.broadcast(search is not None and search.report(epoch, figures[monitor])):
@@ -139,7 +143,7 @@ def _run_trial(
         return "failed", None
     if result.stopped:
         return "stopped", None
-    return "complete", None if search is None else _figure(tried, result)
+    return "complete", own_store.run_on_rank0("figure", lambda: _figure(tried, result))
 
 
 def _figure(config: Config, trained: Trained) -> float | None:
@@ -147,7 +151,7 @@ def _figure(config: Config, trained: Trained) -> float | None:
 
     In the loop, a fitted start is often the best model, and the same in all trials.
     """
-    for part in (REFIT, SELECTED):
+    for part in (REFIT, SELECTED) if config.monitor == OF_PARTS else ():
         if complete_steps(config.run_dir / part):
             best: float = read_checkpoint(config.run_dir, part).state["trainer"]["best"]
             return best

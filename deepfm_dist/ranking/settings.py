@@ -62,8 +62,8 @@ class EvaluateConfig(Section):
     item_knn_neighbours: int = Field(100, ge=1)
     """Number of neighbours per item."""
     ease_l2: float | None = Field(None, gt=0)
-    """L2 regularisation of EASE's matrix. Default: that with which EASE alone ranked best on the
-    run's validation rows (``model.linear=ease``), otherwise 500."""
+    """L2 regularisation of EASE's matrix. Default: that with which EASE as published ranked
+    best on the run's validation rows (``model.linear=ease``), otherwise 500."""
     ials: IalsConfig = IalsConfig()
     """Settings of iALS."""
     reference: str | None = None

@@ -217,10 +217,17 @@ def row_verdicts(
 
 EASE_ALONE = Verdict(
     "The model is EASE alone",
-    "with the trained part it did not rank clearly better, so training is not part of this model; "
-    "unlike the baseline's, its scores are standardized by item",
+    "with the trained part it did not rank clearly better, so training is not part of this model",
     "even",
 )
+
+
+def _ease_alone(state: Mapping[str, Any]) -> Verdict:
+    """`EASE_ALONE` for a checkpoint's marker."""
+    if not state.get("is_ease_standardized"):  # of an earlier version
+        return EASE_ALONE
+    unlike = "unlike the baseline's, its scores are divided by the deviation of an item's residuals"
+    return replace(EASE_ALONE, text=f"{EASE_ALONE.text}; {unlike}")
 
 
 def training_verdicts(
@@ -316,7 +323,7 @@ def verdicts_on(
         *(row_verdicts(rows, split, comparison is not None, targets) if has_row_loss else []),
         *unknown_verdicts(unknown, split, only_positives),
         *(
-            [EASE_ALONE]
+            [_ease_alone(state)]
             if state.get("is_ease_alone")
             else training_verdicts(validations, state["step"], monitor, trainer)
         ),

@@ -98,9 +98,10 @@ class Hooks:
     sent_bytes: Callable[[KeyedJaggedTensor], Mapping[str, int]] = lambda _: {}
 
 
-def _as_line(figures: Mapping[str, float], loss: str) -> str:
-    """Validation figures for the log; those of probabilities only if the loss gives any."""
-    meaningful = figures if loss == "bce" else order_figures(figures)
+def _as_line(figures: Mapping[str, float], loss: str, monitor: str | None) -> str:
+    """Validation figures for the log; of probabilities if the loss gives any or one is watched."""
+    shown = {*figures} if loss == "bce" else {*order_figures(figures), monitor}
+    meaningful = {name: value for name, value in figures.items() if name in shown}
     return "  ".join(f"{name} {value:.4f}" for name, value in meaningful.items())
 
 
@@ -288,7 +289,7 @@ class Trainer:
         trainer, is_first = self._config.trainer, self._world.is_first
         state.update_best(figures, trainer)
         state.check_monitored(figures, trainer.needs_monitor is not None, is_first)
-        shown = _as_line(figures, trainer.loss)
+        shown = _as_line(figures, trainer.loss, state.monitor)
         if self._last is None:
             log.info("start  %s", shown)
         else:

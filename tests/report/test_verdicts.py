@@ -359,6 +359,10 @@ def test_ease_alone_is_not_judged_by_the_training_that_it_does_not_use() -> None
         marker = state | {"is_ease_alone": is_ease_alone}
         verdicts = verdicts_on(marker, validations, rows, Unknown(9, {}), "test", None, 10)
         assert [v.title for v in verdicts] == ["Better than a constant", title]
+        assert not any("baseline" in v.text for v in verdicts)  # of an earlier version
+    marker = state | {"is_ease_alone": True, "is_ease_standardized": True}
+    *_, verdict = verdicts_on(marker, validations, rows, Unknown(9, {}), "test", None, 10)
+    assert "; unlike the baseline's, its scores are divided by the deviation" in verdict.text
 
 
 def test_a_run_that_stopped_early_was_not_too_long() -> None:

@@ -418,9 +418,11 @@ def test_figures_that_are_not_finite_never_improve() -> None:
 
 def test_the_log_shows_no_probabilities_of_a_model_that_is_trained_to_rank() -> None:
     figures = {"auc": 0.75, "log_loss": 0.5, "ne": 1.25, "accuracy": 0.625, "ndcg@10": 0.125}
-    assert trainer._as_line(figures, "softmax") == "auc 0.7500  ndcg@10 0.1250"
+    assert trainer._as_line(figures, "softmax", "ndcg@10") == "auc 0.7500  ndcg@10 0.1250"
+    watched = "auc 0.7500  log_loss 0.5000  ndcg@10 0.1250"
+    assert trainer._as_line(figures, "softmax", "log_loss") == watched
     of_rows = "auc 0.7500  log_loss 0.5000  ne 1.2500  accuracy 0.6250  ndcg@10 0.1250"
-    assert trainer._as_line(figures, "bce") == of_rows
+    assert trainer._as_line(figures, "bce", None) == of_rows
 
 
 def test_the_best_checkpoint_is_kept_by_default(sample: PreparedDataset, tmp_path: Path) -> None:
