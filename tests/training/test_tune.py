@@ -231,19 +231,24 @@ def _best(states: Iterable[Path]) -> float:
     return max(float(json.loads(path.read_text())["trainer"]["best"]) for path in states)
 
 
-def _tuned_clicks(folder: Path) -> None:
+def _tuned_clicks(folder: Path, monitor: str = "log_loss") -> None:
     rates = SpanConfig(low=1.0, high=2.0)  # too high for the loop
     config = _clicks(
         folder,
         0.0,
         model={"embedding_dim": 4, "over_arch_layer_sizes": [6]},
-        trainer={"max_steps": 4, "refit_best": True},
+        trainer={"max_steps": 4, "refit_best": True, "monitor": monitor},
         tune={"space": {"optimizer.tables.lr": rates}, "trials": 2},
     )
     result = searched(config)
     assert result is not None and result.best is not None
     runs = config.run_dir / "tune"
     figures = [trial.best for trial in result.trials]
+    if monitor == "auc":  # what follows the loop is not measured by it
+        best = checkpoint.read_checkpoint(runs / result.best.name, "best")
+        assert best.state["trainer"]["best"] == result.best.best == max(f for f in figures if f)
+        assert not checkpoint.complete_steps(runs / result.best.name / checkpoint.REFIT)
+        return
     assert len({*figures}) == 2 and min(f for f in figures if f) == result.best.best
     best = checkpoint.read_checkpoint(runs / result.best.name, checkpoint.REFIT)
     assert best.state["trainer"]["best"] == result.best.best
@@ -252,8 +257,11 @@ def _tuned_clicks(folder: Path) -> None:
     assert loop.state["step"] == 0
 
 
-def test_trials_of_few_clicks_are_measured_by_what_they_end_with(tmp_path: Path) -> None:
-    run_alone(_tuned_clicks, tmp_path)
+@pytest.mark.parametrize("monitor", ["log_loss", "auc"])
+def test_trials_of_few_clicks_are_measured_by_what_they_end_with(
+    tmp_path: Path, monitor: str
+) -> None:
+    run_alone(_tuned_clicks, tmp_path, monitor)
 
 
 @pytest.mark.parametrize(
