@@ -33,6 +33,8 @@ SHARES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 last, EASE decides.
 """
 COLUMNS = (64, 128, 256, 512)
+COLUMNS_ALONE = 1024
+"""Maximum number of columns of EASE alone, where no trained part makes up for the others."""
 SEARCHED_ITEMS = 4_000
 """Number of most popular items that the search uses: it fits EASE about ten times, each cubic in
 the number of items.
@@ -175,7 +177,7 @@ def search(
     fits_of_columns = measured.cut(best, columns)
     found, figure = max(fits_of_columns, key=lambda one: (one[0].ndcg, one[0].ndcg_ease))
     l2_alone = max(L2, key=lambda l2: fits[l2][0].ndcg_ease)
-    alone, of_ease = measured.ease_alone(l2_alone, columns[-1])
+    alone, of_ease = measured.ease_alone(l2_alone, min(COLUMNS_ALONE, len(rows)))
     chosen = found if _z(figure - of_ease) >= CLEARLY_BETTER else alone
     as_published = max(L2, key=lambda l2: fits[l2][0].ndcg_as_published)
     return replace(chosen, l2_as_published=as_published)
