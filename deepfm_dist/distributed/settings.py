@@ -58,7 +58,7 @@ class LearningRateConfig(Section):
     decay: Literal["constant", "linear", "cosine", "polynomial"] = "constant"
     """Shape of the decay after warm-up."""
     decay_steps: int | None = Field(None, ge=1)
-    """Steps from the end of warm-up to the end of decay; auto: to the end of all epochs."""
+    """Steps from the end of warm-up to the end of decay; auto: to the end of training."""
     final_lr: float = Field(0.0, ge=0)
     """Learning rate at the end of decay."""
     power: float = Field(2.0, gt=0)

@@ -73,7 +73,7 @@ def _interval(
 ) -> tuple[Float64Array, Float64Array]:
     """``[K]`` bounds from 0 to 1 around the likeliest shares of ``[K, B]`` parts.
 
-    Newton's method: the likeliest shares of the quadratic approximation, again and again.
+    Newton's method: the likeliest shares of the quadratic approximation, repeated.
     """
     shares = np.full(len(parts), 0.5)
     for _ in range(_ROUNDS):

@@ -183,7 +183,7 @@ def _variables(report: Report) -> dict[str, Any]:
         "chosen": report.chosen,
         "checkpoint": report.checkpoint.name,
         "part": _part(report.checkpoint),
-        "is_ease_alone": EASE_ALONE in report.verdicts,
+        "is_ease_alone": EASE_ALONE.title in [v.title for v in report.verdicts],
         "manifest": report.dataset.manifest,
         "split": report.split,
         "missing": _missing(report.dataset.manifest),

@@ -29,7 +29,7 @@ from deepfm_dist.report import plots as plots_module
 from deepfm_dist.report.page import Report, write_page
 from deepfm_dist.report.plots import Plotter
 from deepfm_dist.report.tables import metrics_table, ranking_table, trials_table
-from deepfm_dist.report.verdicts import EASE_ALONE, Verdict
+from deepfm_dist.report.verdicts import Verdict, _ease_alone
 from deepfm_dist.training.evaluation import Unknown
 from deepfm_dist.training.metrics import Calibration, order_figures
 from deepfm_dist.training.search import Trial
@@ -581,8 +581,10 @@ def test_the_page_of_rows_has_no_rankings(
     other = write_page(of_refit, "refit.html").read_text()
     assert "· refit/step_00000009 · valid rows" in other
     assert "<code>refit</code>,\n  which was computed after the loop.</p>" in other
-    alone = write_page(replace(of_refit, verdicts=[EASE_ALONE]), "alone.html").read_text()
-    assert "after the loop: EASE alone, which has nothing of what the curves show.</p>" in alone
+    for marker in ({}, {"is_ease_standardized": True}):
+        of_ease = replace(of_refit, verdicts=[_ease_alone(marker)])
+        alone = write_page(of_ease, "alone.html").read_text()
+        assert "after the loop: EASE alone, which has nothing of what the curves show.</p>" in alone
     for absent in (
         *('verdicts">', "Rankings", "recommend --run", "serve --run", "Sharding plan"),
         *("What the model recommends", "without a value", "Where training", "Last window"),
